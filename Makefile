@@ -1,0 +1,39 @@
+# Every check of the project; `.ci/run` calls `make ci`, which needs uv and a C++ compiler, nothing else.
+PACKAGES := bs-patterns bs-memory bs-kernels bs-comm bs-modules
+RUN := uv run --locked
+
+.PHONY: ci lock lint test isolated sanitize docs build soak bench
+
+ci: lock lint test isolated sanitize docs build
+
+lock:  ## the lock is current and the installed set is consistent
+	uv lock --check
+	$(RUN) python tools/check_workspace.py
+	uv pip check
+
+lint:
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) lint-imports
+	$(RUN) pyright
+
+test:  ## what the README names
+	uv run python -m pytest
+
+isolated:  ## each package alone, with what it declares and nothing else
+	for package in $(PACKAGES); do \
+		HYPOTHESIS_PROFILE=dev uv run --isolated --locked --package $$package --no-default-groups --group test \
+			python -m pytest packages/$$package -q || exit 1; \
+	done
+
+sanitize:  ## the native core under the address and undefined-behaviour sanitizers
+	$(RUN) python tools/sanitize_native.py
+
+docs:
+	$(RUN) sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+build:  ## wheels and source distributions of all five packages
+	rm -rf dist && uv build --all-packages --no-sources -q && ls dist
+
+soak:  ## the long forms of the checks; its log is docs/benchmarks/soak.log
+	HYPOTHESIS_PROFILE=soak $(RUN) python tools/soak.py
