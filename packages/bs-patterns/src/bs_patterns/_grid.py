@@ -1,0 +1,56 @@
+"""The grid of blocks that a layout lives on: sizes, token positions and which blocks are allowed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ._check import INT32_MAX
+from ._csr import Int64
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Query and key blocks of two token sequences, aligned at their last tokens.
+
+    Query token t stands at absolute position ``t + seq_len[1] − seq_len[0]``, key token s at ``s``.
+    """
+
+    block_size: tuple[int, int]
+    seq_len: tuple[int, int]
+    causal: bool
+
+    def __post_init__(self) -> None:
+        if max(self.shape) > INT32_MAX:
+            raise ValueError(
+                f"seq_len, block_size: expected at most {INT32_MAX} blocks per side (indices are int32), "
+                f"got {max(self.shape)} from seq_len={self.seq_len}, block_size={self.block_size}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(query blocks, key blocks); the last block of each may be short."""
+        return -(-self.seq_len[0] // self.block_size[0]), -(-self.seq_len[1] // self.block_size[1])
+
+    @property
+    def shift(self) -> int:
+        """Absolute position of query token 0."""
+        return self.seq_len[1] - self.seq_len[0]
+
+    def query_spans(self) -> tuple[Int64, Int64]:
+        """Absolute positions of the first and last token of each query block."""
+        first = np.arange(self.shape[0], dtype=np.int64) * self.block_size[0]
+        last = np.minimum(first + self.block_size[0], self.seq_len[0]) - 1
+        return first + self.shift, last + self.shift
+
+    def key_spans(self) -> tuple[Int64, Int64]:
+        """Absolute positions of the first and last token of each key block."""
+        first = np.arange(self.shape[1], dtype=np.int64) * self.block_size[1]
+        return first, np.minimum(first + self.block_size[1], self.seq_len[1]) - 1
+
+    def allowed_per_row(self) -> Int64:
+        """How many key blocks, counted from the first, each query block may attend to."""
+        if not self.causal:
+            return np.full(self.shape[0], self.shape[1], np.int64)
+        return np.clip(self.query_spans()[1] // self.block_size[1] + 1, 0, self.shape[1])
