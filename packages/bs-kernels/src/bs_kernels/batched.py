@@ -1,0 +1,154 @@
+"""Layouts that differ per batch element, padded to static shapes, and their plans built on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .token_mask import TokenMask
+
+__all__ = ["BatchedLayout", "batched_lists"]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchedLayout:
+    """A different layout per batch element, padded: what a learned gate produces on the device.
+
+    Shapes are static, so a plan is built without a host round trip and under ``torch.compile``. ``block_bias`` for
+    such a layout has the shape of ``indices``.
+
+    Attributes:
+        indices: int32 or int64 [B, H, QB, K]; key blocks of each row, unique among the first ``counts``; the rest of a
+            row is ignored. H is 1 (shared by all query heads) or Hq.
+        counts: int32 or int64 [B, H, QB]; how many of a row's K slots are used.
+        block_size: ``(query, key)`` tokens per block.
+        seq_len: ``(Sq, Sk)`` tokens.
+        causal: whether keys after the query are masked.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    block_size: tuple[int, int]
+    seq_len: tuple[int, int]
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "seq_len"):
+            value = getattr(self, name)
+            pair = (value, value) if isinstance(value, int) else tuple(value)
+            if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
+                raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")
+            if min(pair) < 1:
+                raise ValueError(f"{name}: expected positive numbers of tokens, got {value!r}")
+            object.__setattr__(self, name, pair)
+        for name, ndim in (("indices", 4), ("counts", 3)):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+            if value.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{name}: expected int32 or int64, got {value.dtype}")
+            if value.ndim != ndim:
+                raise ValueError(f"{name}: expected {ndim} dimensions, got shape {list(value.shape)}")
+        q_blocks = -(-self.seq_len[0] // self.block_size[0])
+        if self.indices.shape[2] != q_blocks:
+            raise ValueError(
+                f"indices: expected [B, H, {q_blocks}, K] for these lengths, got {list(self.indices.shape)}"
+            )
+        if self.counts.shape != self.indices.shape[:3]:
+            raise ValueError(f"counts: expected {list(self.indices.shape[:3])}, got {list(self.counts.shape)}")
+        if self.counts.device != self.indices.device:
+            raise ValueError(f"counts: expected device {self.indices.device}, got {self.counts.device}")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, query blocks, key blocks)."""
+        batch, heads, q_blocks, _ = self.indices.shape
+        return batch, heads, q_blocks, -(-self.seq_len[1] // self.block_size[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the lists live."""
+        return self.indices.device
+
+    def validate(self) -> BatchedLayout:
+        """Check every used slot; copies to the host.
+
+        Raises:
+            ValueError: a count outside [0, K], or a used index that is out of range or repeated in its row.
+        """
+        slots, kv_blocks = self.indices.shape[3], self.shape[3]
+        if self.counts.numel() and not bool(((self.counts >= 0) & (self.counts <= slots)).all()):
+            raise ValueError(f"counts: expected values in [0, {slots}], got {self.counts.min()} … {self.counts.max()}")
+        used = torch.arange(slots, device=self.device) < self.counts[..., None]
+        inside = (self.indices >= 0) & (self.indices < kv_blocks)
+        if bool((used & ~inside).any()):
+            bad = self.indices[used & ~inside][0]
+            raise ValueError(f"indices: expected key blocks in [0, {kv_blocks}), got {int(bad)}")
+        filler = torch.arange(slots, device=self.device) + kv_blocks
+        row = torch.where(used, self.indices, filler).sort(dim=-1).values
+        if bool((row[..., 1:] == row[..., :-1]).any()):
+            raise ValueError("indices: expected each key block once per row, got a repeat")
+        return self
+
+
+pytree.register_pytree_node(
+    BatchedLayout,
+    lambda x: ([x.indices, x.counts], (x.block_size, x.seq_len, x.causal)),
+    lambda leaves, context: BatchedLayout(*leaves, *context),
+    serialized_type_name="bs_kernels.BatchedLayout",
+)
+
+
+def batched_lists(
+    layout: BatchedLayout, token_mask: TokenMask, q_first: Tensor, q_last: Tensor, kv_first: Tensor, kv_last: Tensor
+) -> dict[str, Tensor]:
+    """Build the lists of a plan (see `LayoutPlan`) with tensor operations of static shape only.
+
+    Used slots of a row come first, ascending; blocks that the positional mask drops whole, or that are out of range,
+    are left out. ``N = B · H · QB · K``.
+
+    Args:
+        layout: the batched layout.
+        token_mask: the positional mask.
+        q_first, q_last: int32[QB]; absolute positions of each query block's first and last token.
+        kv_first, kv_last: int32[KB]; likewise for key blocks.
+    """
+    batch, heads, q_blocks, kv_blocks = layout.shape
+    slots, rows, cols = layout.indices.shape[3], batch * heads * q_blocks, batch * heads * kv_blocks
+    device = layout.device
+    index = layout.indices.to(torch.int64)
+    keep = torch.arange(slots, device=device) < layout.counts[..., None]
+    keep = keep & (index >= 0) & (index < kv_blocks)
+    index = index.clamp(0, kv_blocks - 1)
+    lo, hi = token_mask.band
+    keep = keep & (kv_first[index] - q_last[:, None] <= hi) & (kv_last[index] - q_first[:, None] >= lo)
+
+    index, within = torch.where(keep, index, kv_blocks).sort(dim=-1, stable=True)
+    keep, index = index < kv_blocks, index.clamp(max=kv_blocks - 1)
+    partial = (kv_first[index] - q_last[:, None] < lo) | (kv_last[index] - q_first[:, None] > hi)
+    counts = keep.sum(-1)
+    begin = torch.arange(rows, device=device) * slots
+
+    head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
+    column = torch.where(keep, head * kv_blocks + index, cols).flatten()
+    column, t_slots = column.sort(stable=True)
+    edges = torch.arange(cols, device=device)
+    col_begin, col_end = torch.searchsorted(column, edges), torch.searchsorted(column, edges, right=True)
+    lists = {
+        "row_begin": begin.view(batch, heads, q_blocks),
+        "row_end": (begin + counts.flatten()).view(batch, heads, q_blocks),
+        "indices": index.flatten(),
+        "entries": (begin[:, None] + within.view(rows, slots)).flatten(),
+        "col_begin": col_begin.view(batch, heads, kv_blocks),
+        "col_end": col_end.view(batch, heads, kv_blocks),
+        "t_rows": (t_slots // max(slots, 1)) % max(q_blocks, 1),
+        "t_slots": t_slots,
+        "row_order": counts.flatten().sort(descending=True, stable=True).indices,
+        "col_order": (col_end - col_begin).sort(descending=True, stable=True).indices,
+    }
+    return {name: t.to(torch.int32).contiguous() for name, t in lists.items()} | {
+        "partial": (partial & keep).to(torch.uint8).flatten()
+    }
