@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -54,3 +55,33 @@ class Grid:
         if not self.causal:
             return np.full(self.shape[0], self.shape[1], np.int64)
         return np.clip(self.query_spans()[1] // self.block_size[1] + 1, 0, self.shape[1])
+
+    @cached_property
+    def allowed(self) -> Int64:
+        """`allowed_per_row`, kept."""
+        return self.allowed_per_row()
+
+    @cached_property
+    def diagonal(self) -> Int64:
+        """Per query block, the key block that holds its first position (the first one for positions before all keys).
+
+        With equal block sizes and lengths this is the row's own index. No key block is nearer to the row, and in a
+        causal layout every query of the row sees a key in it.
+        """
+        return np.maximum(self.query_spans()[0], 0) // self.block_size[1]
+
+    def within(self, distance: int) -> tuple[Int64, Int64]:
+        """Per row, the range ``[low, high)`` of allowed key blocks at most ``distance`` tokens away.
+
+        The distance of two blocks is that of their nearest token pair; overlapping blocks are 0 tokens apart.
+        """
+        first, last = self.query_spans()
+        low = np.maximum(first - distance, 0) // self.block_size[1]
+        high = np.clip((last + distance) // self.block_size[1] + 1, 0, self.allowed)
+        return np.minimum(low, high), high
+
+    def distance(self, rows: Int64, cols: Int64) -> Int64:
+        """Distance in tokens of the blocks (row, column)."""
+        before = rows * self.block_size[0] + self.shift - np.minimum((cols + 1) * self.block_size[1], self.seq_len[1])
+        last = np.minimum((rows + 1) * self.block_size[0], self.seq_len[0]) - 1 + self.shift
+        return np.maximum(np.maximum(before + 1, cols * self.block_size[1] - last), 0)

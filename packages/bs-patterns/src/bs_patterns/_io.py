@@ -25,15 +25,14 @@ def save(layout: BlockLayout, file: str | os.PathLike[str] | IO[bytes]) -> None:
     """See `BlockLayout.save`."""
     header = np.array([_FORMAT, *layout.block_size, *layout.seq_len, int(layout.causal)], "<i8")
     indptr, indices = layout.indptr.astype("<i8", copy=False), layout.indices.astype("<i4", copy=False)
-    arrays = {"header": header, "indptr": indptr, "indices": indices}
     if not isinstance(file, str | os.PathLike):
-        np.savez(file, **arrays)
+        np.savez(file, header=header, indptr=indptr, indices=indices)
         return
     path = os.fspath(file)
     partial = f"{path}.{os.getpid()}.partial"
     try:
         with open(partial, "wb") as handle:
-            np.savez(handle, **arrays)
+            np.savez(handle, header=header, indptr=indptr, indices=indices)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, path)

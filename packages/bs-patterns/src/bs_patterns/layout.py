@@ -221,7 +221,7 @@ class BlockLayout:
         ``causal=False``.
         """
         indptr, indices = _csr.transpose(self.indptr, self.indices, self.shape[2])
-        grid = Grid(self.block_size[::-1], self.seq_len[::-1], False)
+        grid = Grid((self.block_size[1], self.block_size[0]), (self.seq_len[1], self.seq_len[0]), False)
         out = BlockLayout._trusted(grid, indptr, indices)
         out.__dict__["T"] = self
         return out

@@ -1,0 +1,232 @@
+"""Stages of a ranking: each ranks some blocks of one head, and knows how to find its best ones without listing all.
+
+A block of one head is the key ``row * columns + column``; sets of blocks are ascending unique int64 keys.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import _csr
+from ._csr import Bool, Int64
+from ._grid import Grid
+from .segments import LongNetSegments
+
+
+@dataclass(frozen=True)
+class Space:
+    """The blocks of one head that a ranking may pick: the allowed ones, restricted to the candidates if there are."""
+
+    grid: Grid
+    candidates: LongNetSegments | None
+
+    def admits(self, keys: Int64) -> Bool:
+        """Whether each key is a candidate (all keys given are allowed)."""
+        if self.candidates is None:
+            return np.ones(len(keys), np.bool_)
+        rows = keys // self.grid.shape[1]
+        return self.candidates.admits(self.grid, rows, keys - rows * self.grid.shape[1])
+
+    def nearest(self) -> Int64:
+        """Each row's block nearest the diagonal."""
+        rows = np.nonzero(self.grid.allowed > 0)[0].astype(np.int64)
+        keys = rows * self.grid.shape[1] + self.grid.diagonal[rows]
+        return keys[self.admits(keys)]
+
+
+class Stage(ABC):
+    """Blocks with a rank. `extend` picks them in rank order; equal ranks are picked by (row, column)."""
+
+    @abstractmethod
+    def extend(self, space: Space, picked: Int64, count: int | None, trace: list[Int64] | None) -> Int64:
+        """Add this stage's best blocks to ``picked`` until there are ``count`` (None: all of them).
+
+        Args:
+            space: What may be picked.
+            picked: Keys that earlier stages picked.
+            count: How many keys to return at most; at least ``len(picked)``.
+            trace: If a list, the added keys are appended to it in rank order.
+        """
+
+
+def add_best(picked: Int64, keys: Int64, rank: Int64, count: int | None, trace: list[Int64] | None) -> Int64:
+    """Add the best-ranked of the ascending unique ``keys`` (none of them picked) until there are ``count``."""
+    room = len(keys) if count is None else min(len(keys), count - len(picked))
+    if room < len(keys):
+        worst = np.partition(rank, room - 1)[room - 1] if room else -1
+        keep = rank < worst
+        ties = np.nonzero(rank == worst)[0]
+        keep[ties[: room - int(keep.sum())]] = True
+        keys, rank = keys[keep], rank[keep]
+    if trace is not None and len(keys):
+        trace.append(keys[np.argsort(rank, kind="stable")])
+    return _csr.union(picked, keys) if len(keys) else picked
+
+
+class Levels(Stage):
+    """A stage whose blocks come in levels 0, 1, 2, … that can be listed level by level."""
+
+    @abstractmethod
+    def sizes(self, space: Space) -> Int64:
+        """Per level, the number of blocks in it, or more."""
+
+    @abstractmethod
+    def blocks(self, space: Space, begin: int, end: int) -> tuple[Int64, Int64]:
+        """Allowed blocks of levels ``begin … end − 1``: keys (any order, repeats allowed) and their levels."""
+
+    def extend(self, space: Space, picked: Int64, count: int | None, trace: list[Int64] | None) -> Int64:
+        """List levels in waves just large enough, and cut the last one."""
+        sizes = np.concatenate(([0], np.cumsum(self.sizes(space))))
+        begin, last = 0, len(sizes) - 1
+        while begin < last and (count is None or len(picked) < count):
+            end = last
+            if count is not None:
+                wanted = sizes[begin] + count - len(picked)
+                end = int(np.clip(np.searchsorted(sizes, wanted), begin + 1, last))
+            keys, level = self.blocks(space, begin, end)
+            if space.candidates is not None:
+                admitted = space.admits(keys)
+                keys, level = keys[admitted], level[admitted]
+            keys, level = _first_of_each(keys, level)
+            new = ~_member(keys, picked)
+            picked = add_best(picked, keys[new], level[new], count, trace)
+            begin = end
+        return picked
+
+
+def _first_of_each(keys: Int64, level: Int64) -> tuple[Int64, Int64]:
+    """Ascending unique keys, each with its lowest level."""
+    if len(keys) < 2 or (keys[1:] > keys[:-1]).all():
+        return keys, level
+    order = np.lexsort((level, keys))
+    keys, level = keys[order], level[order]
+    first = np.empty(len(keys), np.bool_)
+    first[0] = True
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    return keys[first], level[first]
+
+
+def _member(keys: Int64, ascending: Int64) -> Bool:
+    """Whether each of the ascending keys is in ``ascending``."""
+    if not len(ascending):
+        return np.zeros(len(keys), np.bool_)
+    if len(ascending) * 8 < len(keys):
+        found = np.zeros(len(keys), np.bool_)
+        at = np.searchsorted(keys, ascending)
+        hit = at < len(keys)
+        at, wanted = at[hit], ascending[hit]
+        found[at[keys[at] == wanted]] = True
+        return found
+    at = np.searchsorted(ascending, keys)
+    return ascending[np.minimum(at, len(ascending) - 1)] == keys
+
+
+@dataclass(frozen=True)
+class Near(Stage):
+    """Blocks at most ``reach`` tokens away (None: any distance), nearest first.
+
+    The blocks within a distance are one range of columns per row, so the distance at which a count is reached is found
+    by bisection over sums of range lengths: only the result is ever listed.
+    """
+
+    reach: int | None = None
+
+    def extend(self, space: Space, picked: Int64, count: int | None, trace: list[Int64] | None) -> Int64:
+        """Find the distance that suffices, then list the ranges."""
+        farthest = sum(space.grid.seq_len)
+        reach = farthest if self.reach is None else min(self.reach, farthest)
+        if space.candidates is not None:
+            return self._extend_candidates(space, space.candidates, picked, count, reach, trace)
+        if count is not None and len(picked) >= count:
+            return picked
+        if count is None or _size_with(space.grid, picked, reach) <= count:
+            merged = _with_ranges(space.grid, picked, *space.grid.within(reach), np.empty(0, np.int64))
+        else:
+            low, high = -1, reach  # size with distance low < count ≤ size with distance high
+            while high - low > 1:
+                middle = (low + high) // 2
+                if _size_with(space.grid, picked, middle) < count:
+                    low = middle
+                else:
+                    high = middle
+            merged = self._cut_at(space.grid, picked, count, high)
+        if trace is not None:
+            added = _csr.difference(merged, picked)
+            rows = added // space.grid.shape[1]
+            rank = space.grid.distance(rows, added - rows * space.grid.shape[1])
+            trace.append(added[np.argsort(rank, kind="stable")])
+        return merged
+
+    @staticmethod
+    def _cut_at(grid: Grid, picked: Int64, count: int, distance: int) -> Int64:
+        """All blocks nearer than ``distance``, and the first of those at that distance by (row, column)."""
+        outer_low, outer_high = grid.within(distance)
+        if distance == 0:
+            inner_low = inner_high = outer_high
+        else:
+            inner_low, inner_high = grid.within(distance - 1)
+            empty = inner_low >= inner_high
+            inner_low, inner_high = np.where(empty, outer_high, inner_low), np.where(empty, outer_high, inner_high)
+        starts = np.stack((outer_low, inner_high), axis=1) + (np.arange(len(outer_low)) * grid.shape[1])[:, None]
+        counts = np.stack((inner_low - outer_low, outer_high - inner_high), axis=1)
+        ring = _csr.concatenated_ranges(starts.ravel(), counts.ravel())
+        ring = ring[~_member(ring, picked)]
+        inner_size = _size_with(grid, picked, distance - 1) if distance else len(picked)
+        return _with_ranges(grid, picked, inner_low, inner_high, ring[: count - inner_size])
+
+    def _extend_candidates(
+        self,
+        space: Space,
+        candidates: LongNetSegments,
+        picked: Int64,
+        count: int | None,
+        reach: int,
+        trace: list[Int64] | None,
+    ) -> Int64:
+        """List the candidates within a distance that doubles (in blocks found) until there are enough."""
+        distance = -1
+        wanted = count
+        while distance < reach and (count is None or len(picked) < count):
+            distance = reach if wanted is None else _reaching(space.grid, candidates, wanted, distance + 1, reach)
+            keys = candidates.within(space.grid, distance)
+            keys = keys[~_member(keys, picked)]
+            rows = keys // space.grid.shape[1]
+            rank = space.grid.distance(rows, keys - rows * space.grid.shape[1])
+            picked = add_best(picked, keys, rank, count, trace)
+            wanted = None if wanted is None else 2 * wanted
+        return picked
+
+
+def _reaching(grid: Grid, candidates: LongNetSegments, wanted: int, low: int, high: int) -> int:
+    """The least distance in [low, high] that holds ``wanted`` candidates by count_within; else ``high``."""
+    while low < high:
+        middle = (low + high) // 2
+        if candidates.count_within(grid, middle) < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _size_with(grid: Grid, picked: Int64, distance: int) -> int:
+    """How many blocks are picked or within ``distance``."""
+    if distance < 0:
+        return len(picked)
+    low, high = grid.within(distance)
+    starts = np.arange(len(low), dtype=np.int64) * grid.shape[1]
+    inside = np.searchsorted(picked, starts + high) - np.searchsorted(picked, starts + low)
+    return len(picked) + int((high - low - inside).sum())
+
+
+def _with_ranges(grid: Grid, picked: Int64, low: Int64, high: Int64, more: Int64) -> Int64:
+    """The union of ``picked``, ``more`` (disjoint, ascending) and the columns ``[low, high)`` of each row."""
+    rows = picked // grid.shape[1]
+    cols = picked - rows * grid.shape[1]
+    outside = picked[(cols < low[rows]) | (cols >= high[rows])]
+    ranges = _csr.concatenated_ranges(np.arange(len(low), dtype=np.int64) * grid.shape[1] + low, high - low)
+    if not len(outside) and not len(more):
+        return ranges
+    return np.sort(np.concatenate((ranges, outside, more)), kind="stable")
