@@ -228,7 +228,16 @@ class ExchangePlan:
             step: In ``[1, num_steps]``.
         """
         step = integer("step", step, low=1, high=self.num_steps)
-        return np.argwhere(self.step == step)
+        pairs, start = self._by_step
+        return pairs[start[step] : start[step + 1]]
+
+    @cached_property
+    def _by_step(self) -> tuple[Int64, Int64]:
+        """All (sender, receiver) pairs by step, and where each step starts."""
+        pairs = np.argwhere(self.step)
+        step = self.step[pairs[:, 0], pairs[:, 1]]
+        order = np.argsort(step, kind="stable")
+        return pairs[order], np.searchsorted(step[order], np.arange(self.num_steps + 2))
 
     def transfer(self, sender: int, receiver: int) -> tuple[Int64, Int64]:
         """The (kv head, key block) items of a transfer: two ``int64[n]``, ascending by head, then block."""
