@@ -1,0 +1,503 @@
+"""BufferPool: exclusive, recycled buffers under a byte budget."""
+
+import itertools
+import math
+import operator
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from bs_memory import _lifecycle
+from bs_memory._account import Account
+from bs_memory._buckets import ALIGNMENT, bucket_bytes
+from bs_memory._devices import canonical_device
+from bs_memory._errors import LeaseError, PoolBudgetError, PoolClosedError
+from bs_memory._lease import Lease
+from bs_memory._oom import is_oom_error
+from bs_memory._pressure import MemoryPressure, PressureLevel, default_pressure
+from bs_memory._readings import MemoryReading
+from bs_memory._stats import PoolStats, collect
+from bs_memory._storage import OF_A_GRAPH, Block, Bucket
+from bs_memory._streams import StreamBackend, streams_of
+
+_MAX_REQUESTS = 4096  # distinct requests remembered; shapes that never repeat must not pile up
+
+
+class _Request:
+    """A resolved (shape, dtype, device, pinned): what the hot path needs, computed once."""
+
+    __slots__ = ("bucket", "nbytes", "numel", "shape")
+
+    def __init__(self, bucket: Bucket, shape: tuple[int, ...], numel: int, nbytes: int) -> None:
+        self.bucket = bucket
+        self.shape = shape
+        self.numel = numel
+        self.nbytes = nbytes
+
+
+class BufferPool:
+    """Recycles buffers of memory as exclusive leases.
+
+    Buffers are keyed by device, dtype and size bucket; a buffer belongs to at most one lease at a time. All methods
+    may be called from any thread. A lease that finds an idle buffer takes one lock, of its own bucket.
+
+    On an accelerator a buffer is reused only by work that comes after the work it was used for: on the same stream at
+    once, on another stream when the events recorded at release have happened. Nothing waits for that: while events
+    are pending another buffer is used, or a new one made. Only when the budget forbids a new one is there a wait: of
+    the *stream* for device memory, of the host for pinned memory, which the host writes. While a CUDA graph is being
+    captured, leases are plain allocations of the graph's own pool.
+
+    After a fork the child's pool is empty. Leases taken before the fork stay readable in the child and are dropped,
+    not recycled, when released there.
+
+    Args:
+        max_bytes: the most bytes to hold per device, leased and idle together; None bounds nothing. When a lease would
+            exceed it, idle buffers are given up, lowest priority first, then least recently used.
+        alignment: what the address of every buffer is a multiple of, in bytes; a power of two ≥ 64.
+        pressure: whom to ask before growing: "auto" for `default_pressure()`, None for nobody. At `HIGH` the pool
+            halves its idle bytes first, at `CRITICAL` it gives up all of them and keeps nothing that is released.
+        poison: overwrite every buffer on release, so that a use after release is seen: with 0xFF bytes (NaN) for
+            floating and complex dtypes, with 0xCB elsewhere. Costs a write of the whole buffer.
+        streams: `device, pinned -> StreamBackend | None`, to test reuse without an accelerator.
+
+    Raises:
+        ValueError: if `max_bytes` is not positive or `alignment` is not a power of two ≥ 64.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int | None = None,
+        alignment: int = ALIGNMENT,
+        pressure: MemoryPressure | Literal["auto"] | None = "auto",
+        poison: bool = False,
+        streams: Callable[..., StreamBackend | None] = streams_of,
+    ) -> None:
+        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int)):
+            raise TypeError(f"max_bytes: expected an int or None, got {type(max_bytes).__name__}")
+        if max_bytes is not None and max_bytes <= 0:
+            raise ValueError(f"max_bytes: expected a number of bytes > 0, got {max_bytes}")
+        if alignment < ALIGNMENT or alignment & (alignment - 1):
+            raise ValueError(f"alignment: expected a power of two ≥ {ALIGNMENT}, got {alignment}")
+        if not (pressure is None or pressure == "auto" or isinstance(pressure, MemoryPressure)):
+            raise TypeError(f"pressure: expected a MemoryPressure, 'auto' or None, got {pressure!r}")
+        self._max_bytes = max_bytes
+        self._alignment = alignment
+        self._pressure = default_pressure() if pressure == "auto" else pressure
+        self._poison = poison
+        self._streams = streams
+        self._closed = False
+        self._start()
+        if self._pressure is not None:
+            this = weakref.ref(self)
+
+            def on_change(device: torch.device, _: PressureLevel, level: PressureLevel, __: MemoryReading) -> None:
+                pool = this()
+                if pool is not None and not pool._closed:
+                    pool._relieve(device, level)
+
+            weakref.finalize(self, self._pressure.subscribe(on_change)).atexit = False
+        _lifecycle.register(self)
+
+    def _start(self) -> None:
+        """(Re)creates every lock and container, empty."""
+        self._lock = threading.Lock()  # guards the three dictionaries below, on the slow path only
+        self._buckets: dict[tuple[torch.device, torch.dtype, int, bool], Bucket] = {}
+        self._accounts: dict[torch.device, Account] = {}
+        self._requests: dict[Any, _Request] = {}
+        # Written by Lease.__del__, from whichever thread the collector runs in; emptied by _settle_abandoned.
+        self._abandoned: deque[tuple[Block, int, tuple[Any, ...]]] = deque()
+        self._abandoned_count = 0
+        self._ticks = itertools.count(1)
+
+    # ---------------------------------------------------------------- leasing
+
+    def lease(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        *,
+        pinned: bool = False,
+        priority: int = 0,
+    ) -> Lease:
+        """Leases a buffer: `with pool.lease(...) as tensor`, or `lease.tensor` and `lease.release()`.
+
+        The tensor is contiguous, uninitialised, detached, and a new tensor object every time. It shares its version
+        counter with every other tensor this buffer has been, so that autograd reports a buffer that was released (and
+        overwritten by the next holder) while a backward pass still needed it, instead of using wrong numbers.
+
+        Args:
+            shape: the tensor's shape; empty for a scalar.
+            dtype: its dtype; torch's default dtype if None.
+            device: its device; torch's default device if None.
+            pinned: page-locked host memory, for asynchronous copies from and to an accelerator.
+            priority: who is given up last: idle buffers of a lower priority are evicted before those of a higher one.
+
+        Returns:
+            The lease.
+
+        Raises:
+            PoolBudgetError: if the buffer does not fit in the budget next to the leased ones.
+            PoolClosedError: if the pool is closed.
+            TypeError: if an argument has the wrong type.
+            ValueError: if a dimension is negative, or `pinned` is asked of a device other than the CPU or on a machine
+                without an accelerator.
+            torch.OutOfMemoryError, RuntimeError: if the allocator runs out although the pool gave up its idle buffers.
+        """
+        if dtype is None:
+            dtype = torch.get_default_dtype()
+        if device is None:
+            device = torch.get_default_device()
+        if priority.__class__ is not int:
+            raise TypeError(f"priority: expected an int, got {type(priority).__name__}")
+        try:
+            request = self._requests[shape, dtype, device, pinned]
+        except (KeyError, TypeError):  # new, or a list
+            request = self._resolve(shape, dtype, device, pinned)
+        bucket = request.bucket
+        if bucket.streams is not None:
+            block = self._take_on_stream(bucket, request.nbytes)
+        else:
+            with bucket.lock:
+                if bucket.free:
+                    block = bucket.free.pop()
+                    bucket.count_lease(block, request.nbytes, hit=True)
+                else:
+                    block = None
+        if block is None:
+            block = self._grow(bucket, request.nbytes)
+        block.priority = priority
+        if block.view_of is not request:
+            block.reshape(request.numel, request.shape)
+            block.view_of = request
+        # detach() makes a tensor object without history: a graph or a requires_grad that the last holder hung on its
+        # own tensor stays with that one.
+        return Lease(self, block, block.view.detach(), request.nbytes)
+
+    def release(self, lease: Lease) -> None:
+        """Gives a lease of this pool back; the same as `lease.release()`.
+
+        Raises:
+            LeaseError: if another pool issued it, or it was released before.
+            TypeError: if it is not a `Lease`.
+        """
+        if not isinstance(lease, Lease):
+            raise TypeError(f"lease: expected a Lease, got {type(lease).__name__}")
+        if lease._pool is not self:
+            raise LeaseError("lease: expected one that this pool issued, got one of another pool")
+        self._release(lease)
+
+    def _release(self, lease: Lease) -> None:
+        block = lease._block
+        if block is None:
+            raise LeaseError("lease: expected one that is held, got one already released")
+        bucket = block.bucket
+        with bucket.lock:
+            if lease._block is None:  # another thread was faster
+                raise LeaseError("lease: expected one that is held, got one already released")
+            lease._block = lease._tensor = None
+            bucket.count_return(block, lease._requested)
+            if self._poison:
+                bucket.poison(block)
+            keep = block.epoch == bucket.epoch and not bucket.discard
+            if bucket.streams is not None:
+                keep = bucket.fence(block, lease._extra_streams) and keep
+            if keep:
+                block.tick = next(self._ticks)
+                bucket.free.append(block)
+        if not keep:
+            bucket.account.give_up(block)
+
+    # ---------------------------------------------------------------- shrinking
+
+    def trim(self, target_bytes: int = 0, *, device: torch.device | str | int | None = None) -> int:
+        """Gives idle buffers back to torch, lowest priority first, then least recently used.
+
+        Args:
+            target_bytes: idle bytes to leave on each device.
+            device: only this device; None for all.
+
+        Returns:
+            The bytes given up. A pinned buffer that a copy still uses stays until a later call.
+
+        Raises:
+            PoolClosedError: if the pool is closed.
+            ValueError: if `target_bytes` is negative.
+        """
+        self._check_open()
+        if target_bytes < 0:
+            raise ValueError(f"target_bytes: expected a number of bytes ≥ 0, got {target_bytes}")
+        where = None if device is None else canonical_device(device)
+        self._settle_abandoned()
+        return sum(account.trim(target_bytes) for account in self._accounts_on(where))
+
+    def clear(self) -> int:
+        """Lets go of everything: idle buffers now, leased ones when they are released.
+
+        Returns:
+            The bytes given up now.
+
+        Raises:
+            PoolClosedError: if the pool is closed.
+        """
+        self._check_open()
+        self._settle_abandoned()
+        accounts = self._accounts_on(None)
+        for account in accounts:
+            for bucket in list(account.buckets):
+                with bucket.lock:
+                    bucket.epoch += 1
+        return sum(account.trim(0) for account in accounts)
+
+    def close(self) -> None:
+        """Lets go of everything and refuses new leases. Leases that are out stay valid; closing twice does nothing.
+
+        Waits for copies that still use an idle pinned buffer.
+        """
+        with self._lock:
+            self._closed = True
+            self._requests.clear()
+        for account in self._accounts_on(None):
+            for bucket in list(account.buckets):
+                with bucket.lock:
+                    bucket.closed = True
+                    bucket.epoch += 1
+                    idle, bucket.free = bucket.free, []
+                for block in idle:
+                    account.give_up(block, wait=True)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has happened."""
+        return self._closed
+
+    def __enter__(self) -> "BufferPool":
+        self._check_open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- looking
+
+    def stats(self, device: torch.device | str | int | None = None) -> PoolStats:
+        """Counters and bytes, of one device or of all.
+
+        Taken bucket by bucket: exact when no other thread leases meanwhile, off by the leases under way otherwise.
+        """
+        self._settle_abandoned()
+        where = None if device is None else canonical_device(device)
+        return collect(self._accounts_on(where), self._abandoned_count)
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "BufferPool(closed)"
+        stats = self.stats()
+        return f"BufferPool({stats.leases} leased, {stats.bytes_idle} bytes idle, max_bytes={self._max_bytes})"
+
+    # ---------------------------------------------------------------- the slow path
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PoolClosedError("pool: expected an open one, got one that was closed")
+
+    def _accounts_on(self, device: torch.device | None) -> list[Account]:
+        with self._lock:
+            return [account for account in self._accounts.values() if device is None or account.device == device]
+
+    def _resolve(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | int, pinned: bool
+    ) -> _Request:
+        """Checks a request and finds its bucket; remembers it if it means the same next time."""
+        self._check_open()
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype: expected a torch.dtype, got {type(dtype).__name__}")
+        if not isinstance(pinned, bool):
+            raise TypeError(f"pinned: expected a bool, got {type(pinned).__name__}")
+        sizes = _checked_shape(shape)
+        where = canonical_device(device)
+        if pinned and where.type != "cpu":
+            raise ValueError(f"pinned: expected False on {where}, since only host memory can be pinned, got True")
+        if pinned and self._streams is streams_of and not torch.accelerator.is_available():
+            raise ValueError("pinned: expected False on a machine without an accelerator, got True")
+        numel = math.prod(sizes)
+        nbytes = numel * dtype.itemsize
+        request = _Request(self._bucket(where, dtype, bucket_bytes(nbytes), pinned), sizes, numel, nbytes)
+        # "cuda" means another device after torch.cuda.set_device; only what names one device may be remembered.
+        named = torch.device(device)
+        if named.type in ("cpu", "meta") or (named.index is not None and not isinstance(device, int)):
+            with self._lock:
+                if len(self._requests) >= _MAX_REQUESTS:
+                    self._requests.clear()
+                if not self._closed:
+                    self._requests[sizes, dtype, device, pinned] = request
+        return request
+
+    def _bucket(self, device: torch.device, dtype: torch.dtype, nbytes: int, pinned: bool) -> Bucket:
+        streams = self._streams(device, pinned=pinned)
+        with self._lock:
+            self._check_open()
+            account = self._accounts.get(device)
+            if account is None:
+                account = self._accounts[device] = Account(device, self._max_bytes)
+            key = (device, dtype, nbytes, pinned)
+            bucket = self._buckets.get(key)
+            if bucket is None:
+                bucket = self._buckets[key] = Bucket(account, dtype, nbytes, pinned, streams)
+                account.buckets.append(bucket)
+            return bucket
+
+    def _take_on_stream(self, bucket: Bucket, requested: int) -> Block | None:
+        """An idle block that the current stream may use at once."""
+        streams = bucket.streams
+        assert streams is not None
+        if streams.capturing():
+            return None
+        stream = streams.current()
+        with bucket.lock:
+            block = bucket.take_ready(stream)
+            if block is not None:
+                block.home = stream
+                bucket.count_lease(block, requested, hit=True)
+        return block
+
+    def _take_behind_a_wait(self, bucket: Bucket, requested: int) -> Block | None:
+        """The longest idle block of the bucket, once the work on it is waited for; None if there is none."""
+        streams = bucket.streams
+        if streams is None:
+            return None
+        stream = streams.current()
+        with bucket.lock:
+            block = bucket.take_oldest()
+            if block is None:
+                return None
+            block.home = stream
+            bucket.count_lease(block, requested, hit=True)
+        fences, block.fences = block.fences, []
+        for other, event in fences:
+            if bucket.pinned:
+                streams.synchronize(event)
+            elif other != stream:
+                streams.wait(stream, event)
+            streams.recycle(event)
+        return block
+
+    def _grow(self, bucket: Bucket, requested: int) -> Block:
+        """Allocates a block, within the budget and with an eye on the pressure."""
+        account, streams = bucket.account, bucket.streams
+        capturing = streams is not None and streams.capturing()
+        if not capturing:
+            self._settle_abandoned()
+            if self._pressure is not None:
+                level = self._pressure.level(bucket.device)
+                if level is not PressureLevel.NORMAL or bucket.discard:
+                    self._relieve(bucket.device, level)
+        # torch aligns to 64 bytes on a CPU and to 512 on CUDA; only a wider wish needs room to shift in.
+        slack = 0 if self._alignment <= ALIGNMENT else self._alignment
+        charge = bucket.nbytes + slack
+        if not account.book(charge):
+            block = None if capturing else self._take_behind_a_wait(bucket, requested)
+            if block is not None:
+                return block
+            if capturing or not account.make_room(charge):
+                raise PoolBudgetError(self._budget_message(bucket, charge))
+        try:
+            flat = self._allocate(bucket, slack, capturing)
+        except BaseException:
+            account.unbook(charge)
+            raise
+        block = Block(bucket, flat, charge, OF_A_GRAPH if capturing else bucket.epoch)
+        if streams is not None:
+            block.origin = block.home = streams.current()
+        with bucket.lock:
+            closed = bucket.closed
+            if not closed:
+                bucket.count_lease(block, requested, hit=False)
+        if closed:  # while this thread allocated
+            account.give_up(block)
+            self._check_open()
+        return block
+
+    def _allocate(self, bucket: Bucket, slack: int, capturing: bool) -> torch.Tensor:
+        try:
+            return bucket.allocate(slack)
+        except Exception as error:
+            if capturing or not is_oom_error(error):
+                raise
+        # Out of memory: whatever this pool keeps idle on the device goes first, then torch gets a second try.
+        bucket.account.trim(0)
+        if self._pressure is not None:
+            self._pressure.note_failure(bucket.device)
+        return bucket.allocate(slack)
+
+    def _budget_message(self, bucket: Bucket, charge: int) -> str:
+        stats = self.stats(bucket.device)
+        return (
+            f"pool: a buffer of {charge} bytes on {bucket.device} does not fit in max_bytes={self._max_bytes}: "
+            f"{stats.bytes_leased} bytes are leased ({stats.leases} leases), so that at most "
+            f"{max(0, (self._max_bytes or 0) - stats.bytes_leased)} more would fit"
+        )
+
+    def _settle_abandoned(self) -> None:
+        """Books out the blocks of leases that nobody released; their memory lives as long as their tensors."""
+        while self._abandoned:
+            try:
+                block, requested, extra = self._abandoned.popleft()
+            except IndexError:
+                return
+            bucket = block.bucket
+            with bucket.lock:
+                bucket.count_return(block, requested)
+            block.fences = [(stream, None) for stream in (block.home, *extra)] if bucket.streams is not None else []
+            self._abandoned_count += 1
+            bucket.account.give_up(block)
+
+    def _relieve(self, device: torch.device, level: PressureLevel) -> None:
+        """Adapts to a level of pressure on `device`."""
+        for account in self._accounts_on(device):
+            for bucket in list(account.buckets):
+                bucket.discard = level is PressureLevel.CRITICAL
+            if level is PressureLevel.CRITICAL:
+                account.trim(0)
+            elif level is PressureLevel.HIGH:
+                account.halve()
+
+    # ---------------------------------------------------------------- the process around it
+
+    def _reclaim(self, device: torch.device | None) -> int:
+        if self._closed:
+            return 0
+        self._settle_abandoned()
+        return sum(account.trim(0) for account in self._accounts_on(device))
+
+    def _after_fork(self) -> None:
+        for account in self._accounts.values():
+            account.orphan()
+        self._start()
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(shape, str | bytes) or not isinstance(shape, Sequence):
+        raise TypeError(f"shape: expected a sequence of ints, got {type(shape).__name__}")
+    sizes = []
+    for size in shape:
+        try:
+            sizes.append(operator.index(size))  # numpy's integers are welcome, as in torch
+        except TypeError:
+            raise TypeError(f"shape: expected ints, got {size!r} ({type(size).__name__})") from None
+        if sizes[-1] < 0:
+            raise ValueError(f"shape: expected dimensions ≥ 0, got {tuple(shape)}")
+    return tuple(sizes)
+
+
+_default = BufferPool()  # made at import, which allocates nothing, so that no lock guards it
+
+
+def default_pool() -> BufferPool:
+    """The pool that the packages of this process share unless given another: no budget, but it yields to pressure."""
+    return _default
