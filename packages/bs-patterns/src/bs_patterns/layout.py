@@ -165,6 +165,12 @@ class BlockLayout:
             f"causal={self.causal}, nnz={self.nnz}, density={self.density:.4g})"
         )
 
+    def __str__(self) -> str:
+        """A picture of the layout; see `bs_patterns.render_text`."""
+        from .render import render_text
+
+        return render_text(self)
+
     # ------------------------------------------------------------------ rows
 
     def rows(self, head: int, i: int) -> Int32:
