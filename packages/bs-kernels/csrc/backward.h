@@ -1,0 +1,311 @@
+// Backward from a saved log-sum-exp. With P = e^(S - lse) and dS = P (dP - delta): dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K.
+//
+// Two ways to split the work. By heads: a thread owns the keys of one (batch, kv head), walks all rows of its query heads once and
+// does five products per tile. By blocks: one pass over rows for dQ and one over columns for dK and dV, seven products per
+// tile, but as many tasks as there are blocks. Both add the same terms to every gradient in the same order: the keys of a
+// row as the plan lists them, for a key first the heads of the group and then rows ascending. So the choice, and with it
+// the thread count, never changes bits.
+#pragma once
+#include "problem.h"
+
+namespace {
+
+enum class Wants { All, Queries, Keys };
+
+template <class V>
+class Backward {
+ public:
+  explicit Backward(const bsa_call& c)
+      : c_(c),
+        layout_(c),
+        keys_(c, c.k, c.dim, Operand<V>::Natural),
+        keys_paired_(c, c.k, c.dim, Operand<V>::Paired),
+        values_(c, c.v, c.v_dim, Operand<V>::Natural) {}
+
+  int run() {
+    const bool by_heads = c_.split == BSA_SPLIT_AUTO ? heads_are_faster() : c_.split == BSA_SPLIT_HEADS;
+    const long largest = largest_block();
+    const long sums = (by_heads ? c_.kv_len : largest) * (d_pad_ + v_pad_);
+    const long own = round_up(sums + kTiles * tile_floats() + scratch_floats(), 16);
+    Arena arena;
+    arena.plan(c_.num_threads * own * 4);
+    arena.plan(keys_.bytes());
+    arena.plan(separate() ? keys_paired_.bytes() : 0);
+    arena.plan(values_.bytes());
+    arena.plan(KeyBlocks::bytes(c_) + 256);
+    if (!arena.allocate()) return BSA_NO_MEMORY;
+    float* space = arena.take<float>(c_.num_threads * own);
+    keys_.use(arena.take<float>(keys_.bytes() / 4));
+    if (separate()) keys_paired_.use(arena.take<float>(keys_paired_.bytes() / 4));
+    values_.use(arena.take<float>(values_.bytes() / 4));
+    info_.take(c_, arena);
+
+    Counter packs, rows, columns;
+    const bool prepare = keys_.packed() || separate() || values_.packed() || info_.padded || info_.lowest;
+    const long heads = c_.batch * c_.kv_heads, row_tasks = c_.batch * c_.q_heads * c_.q_blocks;
+    run_team(c_.num_threads, [&](int thread) {
+      Space s(*this, space + thread * own, by_heads ? c_.kv_len : largest);
+      if (prepare) {
+        for (long x; (x = packs.take()) < prepare_items(c_);) {
+          if (separate())
+            prepare_block(c_, x, info_, keys_, keys_paired_, values_);
+          else
+            prepare_block(c_, x, info_, keys_, values_);
+        }
+        if (c_.num_threads > 1) barrier();
+      }
+      if (by_heads) {
+        for (long x; (x = columns.take()) < heads;) head_task(x / c_.kv_heads, x % c_.kv_heads, s);
+      } else {
+        for (long x; (x = rows.take()) < row_tasks;) row_task(x, s);
+        for (long x; (x = columns.take()) < heads * c_.kv_blocks;) column_task(x, s);
+      }
+    });
+    return BSA_OK;
+  }
+
+ private:
+  static constexpr long L = 2 * V::W;
+
+  // One tile of queries and everything that its products read.
+  struct Tile : Queries<V> {
+    float *query_panel, *dout_panel;  // [operand][lane]
+    float *query_rows, *dout_rows;    // [query, or pair of queries][element]
+    float *lse, *delta;               // [lane]
+    float* dq;                        // [element][lane]
+    bool first;
+  };
+
+  // What a thread owns.
+  struct Space {
+    Tile tiles[kTiles];
+    float *dk, *dv;  // [key][element]
+    float *scores, *dscores, *p_rows, *ds_rows, *ds_pairs, *peak, *scratch;
+    Space(const Backward& k, float* m, long sums) {
+      auto cut = [&m](long n) { return m += n, m - n; };
+      for (Tile& t : tiles) {
+        t.query_panel = cut(k.d_units_ * L);
+        t.dout_panel = cut(k.v_units_ * L);
+        t.query_rows = cut(L / V::PAIR * k.d_pad_);
+        t.dout_rows = cut(L / V::PAIR * k.v_pad_);
+        t.dq = cut(k.d_pad_ * L);
+        t.lse = cut(L);
+        t.delta = cut(L);
+      }
+      scores = cut(kKeys * L);
+      dscores = cut(kKeys * L);
+      p_rows = ds_rows = ds_pairs = nullptr;
+      if (V::PAIR == 2) {
+        p_rows = cut(kKeys * L / 2);
+        ds_rows = cut(kKeys * L / 2);
+        ds_pairs = cut(kKeys * L / 2);
+      }
+      peak = cut(L);
+      scratch = cut(V::W * (k.d_pad_ > k.v_pad_ ? k.d_pad_ : k.v_pad_));
+      dk = cut(sums * k.d_pad_);
+      dv = cut(sums * k.v_pad_);
+    }
+  };
+
+  long tile_floats() const {
+    return (d_units_ + v_units_ + d_pad_ + 2) * L + L / V::PAIR * (d_pad_ + v_pad_);
+  }
+  long scratch_floats() const {
+    return kKeys * L * 2 + (V::PAIR == 2 ? kKeys * L / 2 * 3 : 0) + L + V::W * (d_pad_ > v_pad_ ? d_pad_ : v_pad_);
+  }
+  // Whether keys are packed a second time, with pairs of rows interleaved.
+  bool separate() const { return V::PAIR == 2; }
+  const Operand<V>& key_columns() const { return separate() ? keys_paired_ : keys_; }
+
+  long largest_block() const {
+    long n = 0;
+    for (long j = 0; j < c_.kv_blocks; ++j) n = layout_.kv_size(j) > n ? layout_.kv_size(j) : n;
+    return n;
+  }
+
+  // Five products with the heads dealt to threads, or seven (and panels loaded per block) perfectly balanced?
+  bool heads_are_faster() const {
+    const long heads = c_.batch * c_.kv_heads, threads = c_.num_threads;
+    if (threads == 1) return true;
+    const long rounds = (heads + threads - 1) / threads;
+    return double(rounds) <= 1.6 * double(heads) / double(threads);
+  }
+
+  void load_tile(Tile& t, long b, long h, long block, long first, long count, float* scratch) const {
+    t.set(c_, b, h, block, first, count);
+    const long lanes = t.lanes(), size = element_size(c_.dtype);
+    const char* q = at(c_.q, c_.dtype, b, first, h);
+    const char* g = at(c_.dout, c_.dtype, b, first, h);
+    load_panel<V>(q, c_.q.token * size, c_.dtype, count, c_.dim, t.query_panel, lanes, scratch);
+    load_panel<V>(g, c_.dout.token * size, c_.dtype, count, c_.v_dim, t.dout_panel, lanes, scratch);
+    load_rows_paired<V>(q, c_.q.token * size, c_.dtype, count, c_.dim, t.query_rows, d_pad_);
+    load_rows_paired<V>(g, c_.dout.token * size, c_.dtype, count, c_.v_dim, t.dout_rows, v_pad_);
+    const long x = (b * c_.q_heads + h) * c_.q_len + first;
+    for (long l = 0; l < lanes; ++l) {
+      const bool live = l < count && c_.lse[x + l] != -kInf;
+      t.lse[l] = live ? c_.lse[x + l] : kInf;  // e^(s - inf) = 0
+      t.delta[l] = live ? c_.delta[x + l] : 0.f;
+    }
+    t.first = true;
+  }
+
+  void store_queries(Tile& t, float* scratch) const {
+    if (t.first) std::memset(t.dq, 0, size_t(d_pad_ * t.lanes()) * 4);
+    float factor[L];
+    for (float& f : factor) f = c_.scale;
+    bsa_tensor dq = c_.dq;
+    store_panel<V>(t.dq, t.lanes(), factor, t.count, c_.dim, at(dq, c_.result_dtype, t.b, t.token, t.h),
+                   dq.token * element_size(c_.result_dtype), c_.result_dtype, scratch);
+  }
+
+  // Writes the finished sums of key block j; `dk` and `dv` are its first rows.
+  void store_keys(long b, long kv_head, long j, float* dk, const float* dv) const {
+    bsa_tensor to_k = c_.dk, to_v = c_.dv;
+    for (long n = 0; n < layout_.kv_size(j); ++n) {
+      for (long x = 0; x < c_.dim; ++x) dk[n * d_pad_ + x] *= c_.scale;
+      store_row<V>(dk + n * d_pad_, c_.result_dtype, c_.dim, at(to_k, c_.result_dtype, b, c_.kv_bounds[j] + n, kv_head));
+      store_row<V>(dv + n * v_pad_, c_.result_dtype, c_.v_dim, at(to_v, c_.result_dtype, b, c_.kv_bounds[j] + n, kv_head));
+    }
+  }
+
+  // Walks the keys of one row; `dk`, `dv` are indexed by token.
+  template <Wants wants>
+  void row(long b, long h, long i, Space& s) const {
+    const long r = layout_.row(b, h, i), kv_head = h / layout_.group();
+    for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1];) {
+      int used = 0;
+      for (; used < kTiles && q0 < c_.q_bounds[i + 1]; q0 += L) {
+        const long left = c_.q_bounds[i + 1] - q0;
+        load_tile(s.tiles[used++], b, h, i, q0, left < L ? left : L, s.scratch);
+      }
+      for (long x = c_.row_begin[r]; x < c_.row_end[r]; ++x) {
+        const long j = c_.indices[x], size = layout_.kv_size(j);
+        for (long offset = 0; offset < size; offset += kKeys)
+          for (int t = 0; t < used; ++t)
+            visit<wants>(s.tiles[t], kv_head, {j, offset, size - offset < kKeys ? size - offset : kKeys}, s,
+                         s.dk + c_.kv_bounds[j] * d_pad_, s.dv + c_.kv_bounds[j] * v_pad_);
+      }
+      for (int t = 0; t < used; ++t) store_queries(s.tiles[t], s.scratch);
+    }
+  }
+
+  void head_task(long b, long kv_head, Space& s) const {
+    std::memset(s.dk, 0, size_t(c_.kv_len * d_pad_) * 4);
+    std::memset(s.dv, 0, size_t(c_.kv_len * v_pad_) * 4);
+    const long g = layout_.group();
+    for (long h = kv_head * g; h < kv_head * g + g; ++h)
+      for (long i = 0; i < c_.q_blocks; ++i) row<Wants::All>(b, h, i, s);
+    for (long j = 0; j < c_.kv_blocks; ++j)
+      store_keys(b, kv_head, j, s.dk + c_.kv_bounds[j] * d_pad_, s.dv + c_.kv_bounds[j] * v_pad_);
+  }
+
+  // Task x of the pass over rows: heads in order, longest rows first where one layout serves all heads.
+  void row_task(long x, Space& s) const {
+    const long i = x % c_.q_blocks, h = x / c_.q_blocks % c_.q_heads, b = x / c_.q_blocks / c_.q_heads;
+    row<Wants::Queries>(b, h, layout_.shared() ? c_.row_order[i] : i, s);
+  }
+
+  void column_task(long x, Space& s) const {
+    const long rank = x % c_.kv_blocks, kv_head = x / c_.kv_blocks % c_.kv_heads, b = x / c_.kv_blocks / c_.kv_heads;
+    const long j = layout_.shared() ? c_.col_order[rank] : rank, size = layout_.kv_size(j), g = layout_.group();
+    std::memset(s.dk, 0, size_t(size * d_pad_) * 4);
+    std::memset(s.dv, 0, size_t(size * v_pad_) * 4);
+    for (long h = kv_head * g; h < kv_head * g + g; ++h) {
+      const long column = layout_.column(b, h, j);
+      for (long y = c_.col_begin[column]; y < c_.col_end[column]; ++y) {
+        const long i = c_.t_rows[y];
+        for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1]; q0 += L) {
+          const long left = c_.q_bounds[i + 1] - q0;
+          load_tile(s.tiles[0], b, h, i, q0, left < L ? left : L, s.scratch);
+          for (long offset = 0; offset < size; offset += kKeys)
+            visit<Wants::Keys>(s.tiles[0], kv_head, {j, offset, size - offset < kKeys ? size - offset : kKeys}, s, s.dk, s.dv);
+        }
+      }
+    }
+    store_keys(b, kv_head, j, s.dk, s.dv);
+  }
+
+  template <Wants wants>
+  BSA_INLINE void visit(Tile& t, long kv_head, Keys keys, Space& s, float* dk, float* dv) const {
+    if (t.vectors == 2)
+      visit<2, wants>(t, kv_head, keys, s, dk, dv);
+    else
+      visit<1, wants>(t, kv_head, keys, s, dk, dv);
+  }
+
+  template <int MV, Wants wants>
+  void visit(Tile& t, long kv_head, Keys keys, Space& s, float* dk, float* dv) const {
+    constexpr long lanes = MV * V::W;
+    TileMask mask;
+    if (!clip<V>(c_, info_, t, keys, mask)) return;
+    const long rows = keys.count, even = round_up(rows, V::PAIR);
+    product<V, MV, Walk::Rows, Into::Score>(rows, units<V>(c_.dim), keys_.block(t.b, kv_head, keys.block, keys.offset),
+                                            keys_.row_bytes(), t.query_panel, lanes, s.scores, lanes, c_.scale, s.peak);
+    if (mask.any()) mask_scores<V, MV>(s.scores, rows, mask, s.peak);
+    product<V, MV, Walk::Rows, Into::Set>(rows, units<V>(c_.v_dim), values_.block(t.b, kv_head, keys.block, keys.offset),
+                                          values_.row_bytes(), t.dout_panel, lanes, s.dscores, lanes);
+    if (even > rows)
+      for (long l = 0; l < lanes; ++l) s.scores[rows * lanes + l] = -kInf, s.dscores[rows * lanes + l] = 0.f;
+    score_gradients<MV>(t, even, s);
+
+    const float* p = V::PAIR == 2 ? s.p_rows : s.scores;
+    const float* ds = V::PAIR == 2 ? s.ds_rows : s.dscores;
+    const long step = lanes / V::PAIR * 4, depth = units<V>(t.count);
+    if constexpr (wants != Wants::Queries) {
+      product_lanes<V, Walk::Rows, Into::Add>(int(v_pad_ / V::W), rows, depth, p, step, t.dout_rows, v_pad_,
+                                              dv + keys.offset * v_pad_, v_pad_);
+      product_lanes<V, Walk::Rows, Into::Add>(int(d_pad_ / V::W), rows, depth, ds, step, t.query_rows, d_pad_,
+                                              dk + keys.offset * d_pad_, d_pad_);
+    }
+    if constexpr (wants != Wants::Keys) {
+      const char* k = key_columns().block(t.b, kv_head, keys.block, keys.offset);
+      const long stride = key_columns().row_bytes();
+      const float* by_key = V::PAIR == 2 ? s.ds_pairs : s.dscores;
+      if (t.first)
+        product<V, MV, Walk::Columns, Into::Set>(c_.dim, even / V::PAIR, k, stride, by_key, lanes, t.dq, lanes);
+      else
+        product<V, MV, Walk::Columns, Into::Add>(c_.dim, even / V::PAIR, k, stride, by_key, lanes, t.dq, lanes);
+      t.first = false;
+    }
+  }
+
+  // scores -> P, dscores -> dS; for PAIR 2 as bf16 rows, and dS also as interleaved pairs of keys.
+  template <int MV>
+  __attribute__((noinline)) void score_gradients(const Tile& t, long rows, Space& s) const {
+    constexpr long lanes = MV * V::W;
+    for (int j = 0; j < MV; ++j) {
+      const typename V::f lse = V::load(t.lse + j * V::W), delta = V::load(t.delta + j * V::W);
+      if constexpr (V::PAIR == 1) {
+        for (long n = 0; n < rows; ++n) {
+          const long x = n * lanes + j * V::W;
+          const typename V::f p = exp<V>(V::sub(V::load(s.scores + x), lse));
+          V::store(s.scores + x, p);
+          V::store(s.dscores + x, V::mul(p, V::sub(V::load(s.dscores + x), delta)));
+        }
+      } else {
+        for (long n = 0; n < rows; n += 2) {
+          const long x = n * lanes + j * V::W, y = x + lanes;
+          const typename V::f p0 = exp<V>(V::sub(V::load(s.scores + x), lse));
+          const typename V::f p1 = exp<V>(V::sub(V::load(s.scores + y), lse));
+          const typename V::f d0 = V::mul(p0, V::sub(V::load(s.dscores + x), delta));
+          const typename V::f d1 = V::mul(p1, V::sub(V::load(s.dscores + y), delta));
+          V::store_bf16(s.p_rows + x / 2, p0);
+          V::store_bf16(s.p_rows + y / 2, p1);
+          V::store_bf16(s.ds_rows + x / 2, d0);
+          V::store_bf16(s.ds_rows + y / 2, d1);
+          V::store(s.ds_pairs + n / 2 * lanes + j * V::W, V::pair(d0, d1));
+        }
+      }
+    }
+  }
+
+  const bsa_call& c_;
+  Layout layout_;
+  Operand<V> keys_, keys_paired_, values_;
+  KeyBlocks info_;
+  // Padded to whole vectors: elements of a row in f32, and operands of a row.
+  const long d_pad_ = round_up(c_.dim, V::W), v_pad_ = round_up(c_.v_dim, V::W);
+  const long d_units_ = round_up(units<V>(c_.dim), V::W), v_units_ = round_up(units<V>(c_.v_dim), V::W);
+};
+
+}  // namespace

@@ -1,0 +1,60 @@
+// The C interface of the native core: one struct in, one status out. Plain pointers and sizes, no torch ABI.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Bumped with every change of this file; the loader refuses a core that was built from another version.
+#define BSA_ABI_VERSION 1
+
+enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
+enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_MEMORY = 2, BSA_NO_ISA = 3 };
+enum { BSA_ISA_PORTABLE = 0, BSA_ISA_AVX2 = 1, BSA_ISA_AVX512 = 2, BSA_ISA_AVX512_BF16 = 3, BSA_ISA_COUNT = 4 };
+// How backward splits its work. Every choice gives the same bits.
+enum { BSA_SPLIT_AUTO = 0, BSA_SPLIT_HEADS = 1, BSA_SPLIT_BLOCKS = 2 };
+
+// A [batch, token, head, dim] tensor; strides in elements, unit stride along dim.
+typedef struct {
+  void* data;
+  int64_t batch, token, head;
+} bsa_tensor;
+
+typedef struct {
+  int32_t abi_version, isa, num_threads, split;
+  int32_t dtype;         // of q, k, v and dout
+  int32_t result_dtype;  // of what is written: out, dq, dk, dv
+  int64_t batch, q_heads, kv_heads, q_len, kv_len, dim, v_dim;
+  float scale;
+  int32_t reserved;
+
+  // The plan: see bs_kernels.LayoutPlan, whose names these are. `layouts` and `layout_heads` are 1 when shared.
+  int64_t layouts, layout_heads, q_blocks, kv_blocks;
+  const int32_t *row_begin, *row_end, *indices, *col_begin, *col_end, *t_rows, *row_order, *col_order;
+  const int32_t *q_bounds, *kv_bounds, *q_start, *kv_start;
+  int64_t band_lo, band_hi;  // a pair is kept iff band_lo <= key position - query position <= band_hi
+
+  // What belongs to one call; null when absent.
+  const uint8_t* key_padding;    // [batch, kv_len], nonzero = a real token
+  const int32_t *q_segments;     // [batch, q_len]
+  const int32_t *kv_segments;    // [batch, kv_len]
+  const float* sinks;            // [q_heads]
+  const int32_t* page_table;     // [batch, kv_blocks]; then the batch stride of k and v is the page stride
+
+  bsa_tensor q, k, v, out, dout, dq, dk, dv;
+  float* lse;                    // [batch, q_heads, q_len]; written by forward, read by backward
+  const float* delta;            // [batch, q_heads, q_len]: rowsum(dout * out) - dlse; read by backward
+} bsa_call;
+
+int bsa_abi_version(void);
+const char* bsa_isa_name(int isa);
+int bsa_isa_supported(int isa);  // 1 when compiled in and this machine runs it
+int bsa_openmp(void);            // 1 when built with threads
+
+int bsa_forward(const bsa_call* call);
+int bsa_backward(const bsa_call* call);
+
+#ifdef __cplusplus
+}
+#endif

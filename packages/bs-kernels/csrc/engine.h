@@ -1,0 +1,16 @@
+// What a translation unit per instruction set exports. Each includes the whole engine in an unnamed namespace, so that the
+// linker can never merge code that was compiled for another machine.
+#pragma once
+#include "call.h"
+
+struct bsa_engine {
+  int (*forward)(const bsa_call*);
+  int (*backward)(const bsa_call*);
+};
+
+extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512, bsa_engine_avx512_bf16;
+
+#define BSA_DEFINE_ENGINE(NAME, V)                                              \
+  static int run_forward(const bsa_call* c) { return Forward<V>(*c).run(); }    \
+  static int run_backward(const bsa_call* c) { return Backward<V>(*c).run(); }  \
+  const bsa_engine NAME = {run_forward, run_backward};

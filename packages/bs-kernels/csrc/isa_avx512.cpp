@@ -1,0 +1,7 @@
+#include "vec_avx512.h"
+// The vector type comes first.
+#include "backward.h"
+#include "engine.h"
+#include "forward.h"
+
+BSA_DEFINE_ENGINE(bsa_engine_avx512, Avx512)

@@ -1,0 +1,263 @@
+// What forward and backward share: workspace, key operands, the tasks and the thread team.
+#pragma once
+#include <cstdlib>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "pack.h"
+#include "softmax.h"
+
+namespace {
+
+constexpr long kKeys = 64;   // keys of a score tile: 8 KB with 32 lanes
+constexpr long kTiles = 4;   // query tiles that share one pass over the keys
+
+// One aligned allocation, cut into pieces; null data after a failed allocation.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+  ~Arena() { std::free(data_); }
+  // Call for every piece, then allocate(), then take() the pieces in the same order.
+  void plan(long bytes) { size_ += round_up(bytes, 64); }
+  bool allocate() {
+    data_ = static_cast<char*>(std::aligned_alloc(64, size_t(size_ ? size_ : 64)));
+    return data_ != nullptr;
+  }
+  template <class T>
+  T* take(long count) {
+    T* p = reinterpret_cast<T*>(data_ + used_);
+    used_ += round_up(count * long(sizeof(T)), 64);
+    return p;
+  }
+
+ private:
+  char* data_ = nullptr;
+  long size_ = 0, used_ = 0;
+};
+
+// Denormals cost hundreds of cycles on some machines and probabilities are full of them: flush results while we run.
+class FlushDenormals {
+#if defined(__SSE2__)
+ public:
+  FlushDenormals() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8000); }
+  ~FlushDenormals() { __builtin_ia32_ldmxcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+struct Layout {
+  const bsa_call& c;
+  explicit Layout(const bsa_call& call) : c(call) {}
+  long head(long b, long h) const {
+    return (c.layouts == 1 ? 0 : b) * c.layout_heads + (c.layout_heads == 1 ? 0 : h);
+  }
+  long row(long b, long h, long i) const { return head(b, h) * c.q_blocks + i; }
+  long column(long b, long h, long j) const { return head(b, h) * c.kv_blocks + j; }
+  long group() const { return c.q_heads / c.kv_heads; }
+  bool shared() const { return c.layouts * c.layout_heads == 1; }
+  long q_size(long i) const { return c.q_bounds[i + 1] - c.q_bounds[i]; }
+  long kv_size(long j) const { return c.kv_bounds[j + 1] - c.kv_bounds[j]; }
+  bool referenced(long b, long kv_head, long j) const {
+    const long g = c.layout_heads == 1 ? 1 : group();
+    for (long h = kv_head * g; h < kv_head * g + g; ++h) {
+      const long x = column(b, c.layout_heads == 1 ? 0 : h, j);
+      if (c.col_begin[x] < c.col_end[x]) return true;
+    }
+    return false;
+  }
+};
+
+inline const char* at(const bsa_tensor& t, int dtype, long b, long token, long h) {
+  return static_cast<const char*>(t.data) + (b * t.batch + token * t.token + h * t.head) * element_size(dtype);
+}
+inline char* at(bsa_tensor& t, int dtype, long b, long token, long h) {
+  return static_cast<char*>(t.data) + (b * t.batch + token * t.token + h * t.head) * element_size(dtype);
+}
+
+// First token of a key block in k or v; follows the page table.
+inline const char* block_at(const bsa_call& c, const bsa_tensor& t, long b, long j, long h) {
+  if (c.page_table) return at(t, c.dtype, c.page_table[b * c.kv_blocks + j], 0, h);
+  return at(t, c.dtype, b, c.kv_bounds[j], h);
+}
+
+// Keys or values as a product reads them: in place, or packed once per (batch, kv head) where a column is referenced.
+template <class V>
+class Operand {
+ public:
+  enum Form {
+    Natural,  // one row per key
+    Paired,   // for PAIR 2: one row per two keys, interleaved; for PAIR 1 the same as Natural
+  };
+  Operand(const bsa_call& call, const bsa_tensor& tensor, long n, Form form)
+      : c_(call), t_(tensor), n_(n), paired_(form == Paired && V::PAIR == 2) {
+    const bool in_place = V::PAIR == 2 ? !paired_ && n % 2 == 0 : c_.dtype == BSA_F32;
+    packed_ = !in_place;
+    ld_ = packed_ ? (paired_ ? n : units<V>(n)) : 0;
+  }
+  bool packed() const { return packed_; }
+  long bytes() const { return packed_ ? c_.batch * c_.kv_heads * rows() * ld_ * 4 : 0; }
+  void use(float* memory) { memory_ = memory; }
+  long row_bytes() const { return packed_ ? ld_ * 4 : t_.token * element_size(c_.dtype); }
+  // Row of key `offset` of block j (even for pairs).
+  const char* block(long b, long kv_head, long j, long offset) const {
+    if (!packed_) return block_at(c_, t_, b, j, kv_head) + offset * row_bytes();
+    return reinterpret_cast<const char*>(memory_ + row(b, kv_head, j) * ld_) + (paired_ ? offset / 2 : offset) * row_bytes();
+  }
+  void pack(long b, long kv_head, long j) {
+    if (!packed_) return;
+    const Layout layout(c_);
+    const char* src = block_at(c_, t_, b, j, kv_head);
+    const long step = t_.token * element_size(c_.dtype), count = layout.kv_size(j);
+    float* dst = memory_ + row(b, kv_head, j) * ld_;
+    if (paired_)
+      load_rows_paired<V>(src, step, c_.dtype, count, n_, dst, ld_);
+    else
+      for (long r = 0; r < count; ++r) load_row<V>(src + r * step, c_.dtype, n_, dst + r * ld_, ld_);
+  }
+
+ private:
+  // With pairs every block has room for its own last half pair: (bounds[j] + j + 1) / 2 never lets two blocks overlap.
+  long rows() const { return paired_ ? (c_.kv_len + c_.kv_blocks + 1) / 2 : c_.kv_len; }
+  long row(long b, long kv_head, long j) const {
+    const long first = paired_ ? (c_.kv_bounds[j] + j + 1) / 2 : c_.kv_bounds[j];
+    return (b * c_.kv_heads + kv_head) * rows() + first;
+  }
+  const bsa_call& c_;
+  const bsa_tensor& t_;
+  long n_, ld_;
+  bool paired_, packed_;
+  float* memory_ = nullptr;
+};
+
+// Per (batch, key block): does key padding cut into it (1) or take it whole (2), and the range of its segment ids.
+struct KeyBlocks {
+  uint8_t* padded = nullptr;
+  int32_t *lowest = nullptr, *highest = nullptr;
+  static long bytes(const bsa_call& c) {
+    return (c.key_padding ? round_up(c.batch * c.kv_blocks, 64) : 0) +
+           (c.kv_segments ? 2 * round_up(c.batch * c.kv_blocks * 4, 64) : 0);
+  }
+  void take(const bsa_call& c, Arena& arena) {
+    const long n = c.batch * c.kv_blocks;
+    if (c.key_padding) padded = arena.take<uint8_t>(n);
+    if (c.kv_segments) lowest = arena.take<int32_t>(n), highest = arena.take<int32_t>(n);
+  }
+  void fill(const bsa_call& c, long b, long j) {
+    const long x = b * c.kv_blocks + j, from = b * c.kv_len + c.kv_bounds[j], to = b * c.kv_len + c.kv_bounds[j + 1];
+    if (padded) {
+      bool some = false, all = true;
+      for (long n = from; n < to; ++n) c.key_padding[n] ? all = false : some = true;
+      padded[x] = all ? 2 : some;
+    }
+    if (lowest) {
+      lowest[x] = INT32_MAX, highest[x] = INT32_MIN;
+      for (long n = from; n < to; ++n) {
+        const int32_t id = c.kv_segments[n];
+        if (id < lowest[x]) lowest[x] = id;
+        if (id > highest[x]) highest[x] = id;
+      }
+    }
+  }
+};
+
+// Packs key block j of kv head h where something reads it; h == kv_heads fills the masks' summary instead.
+template <class... O>
+void prepare_block(const bsa_call& c, long item, KeyBlocks& info, O&... operands) {
+  const long j = item % c.kv_blocks, h = item / c.kv_blocks % (c.kv_heads + 1), b = item / c.kv_blocks / (c.kv_heads + 1);
+  if (h == c.kv_heads)
+    info.fill(c, b, j);
+  else if (Layout(c).referenced(b, h, j))
+    (operands.pack(b, h, j), ...);
+}
+inline long prepare_items(const bsa_call& c) { return c.batch * (c.kv_heads + 1) * c.kv_blocks; }
+
+// Up to 2 W queries of one (batch, head), one per lane.
+template <class V>
+struct Queries {
+  long b, h, token, count, position;
+  int vectors;
+  int32_t segments[2 * V::W];
+  int32_t lowest, highest;
+  long lanes() const { return vectors * V::W; }
+  void set(const bsa_call& c, long batch, long head, long block, long first, long n) {
+    b = batch, h = head, token = first, count = n;
+    position = c.q_start[block] + (first - c.q_bounds[block]);
+    vectors = n > V::W ? 2 : 1;
+    if (!c.q_segments) return;
+    lowest = INT32_MAX, highest = INT32_MIN;
+    for (long l = 0; l < lanes(); ++l) {
+      const int32_t id = c.q_segments[b * c.q_len + token + (l < count ? l : 0)];
+      segments[l] = id;
+      if (id < lowest) lowest = id;
+      if (id > highest) highest = id;
+    }
+  }
+};
+
+// Keys [offset, offset + count) of key block j, within reach of some query of a tile.
+struct Keys {
+  long block, offset, count;
+};
+
+// Cuts `keys` down to what the band leaves for some query; false when nothing is left. Pairs stay whole.
+template <class V>
+BSA_INLINE bool clip(const bsa_call& c, const KeyBlocks& info, const Queries<V>& q, Keys& keys, TileMask& mask) {
+  const long x = q.b * c.kv_blocks + keys.block;
+  const bool segments = info.lowest && !(info.lowest[x] == info.highest[x] && q.lowest == q.highest && q.lowest == info.lowest[x]);
+  if (segments && (info.highest[x] < q.lowest || q.highest < info.lowest[x])) return false;
+  if (info.padded && info.padded[x] == 2) return false;
+  const long start = c.kv_start[keys.block], last = q.position + q.count - 1;
+  long from = q.position + c.band_lo - start, to = last + c.band_hi + 1 - start;
+  if (from < keys.offset) from = keys.offset;
+  if (to > keys.offset + keys.count) to = keys.offset + keys.count;
+  if (from >= to) return false;
+  if (V::PAIR == 2) from -= (from - keys.offset) & 1;
+  keys.offset = from;
+  keys.count = to - from;
+  mask.key0 = start + from;
+  mask.query0 = q.position;
+  mask.band_lo = c.band_lo;
+  mask.band_hi = c.band_hi;
+  mask.band = start + to - 1 > q.position + c.band_hi || start + from < last + c.band_lo;
+  const long token = q.b * c.kv_len + c.kv_bounds[keys.block] + from;
+  mask.padding = info.padded && info.padded[x] ? c.key_padding + token : nullptr;
+  mask.key_segment = segments ? c.kv_segments + token : nullptr;
+  mask.query_segment = q.segments;
+  return true;
+}
+
+template <class F>
+void run_team(int threads, const F& body) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      FlushDenormals guard;
+      body(omp_get_thread_num());
+    }
+    return;
+  }
+#endif
+  (void)threads;
+  FlushDenormals guard;
+  body(0);
+}
+
+// A counter that hands out work; the barrier-free dynamic schedule of this core.
+struct Counter {
+  long next = 0;
+  long take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+
+inline void barrier() {
+#if defined(_OPENMP)
+#pragma omp barrier
+#endif
+}
+
+}  // namespace

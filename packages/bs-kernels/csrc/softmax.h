@@ -1,0 +1,122 @@
+// Exponentials, token masks and the running softmax over a tile of scores S[key][query lane].
+#pragma once
+#include "tile.h"
+
+namespace {
+
+constexpr float kInf = __builtin_inff();
+constexpr float kLog2e = 1.44269504088896340736f;
+
+// 2^x for x <= ~127; exactly 0 at -inf. Minimax polynomials for 2^t on [0, 1), relative error 2e-9 and 7.5e-8 before rounding.
+template <class V>
+BSA_INLINE typename V::f exp2(typename V::f x) {
+  x = V::clamp_exponent(x);
+  const typename V::f t = V::frac(x);
+  typename V::f p;
+  if constexpr (V::PAIR == 1) {
+    p = V::fma(t, V::all(0x1.c72118p-13f), V::all(0x1.461954p-10f));
+    p = V::fma(t, p, V::all(0x1.3d28p-7f));
+    p = V::fma(t, p, V::all(0x1.c685p-5f));
+    p = V::fma(t, p, V::all(0x1.ebfd9ep-3f));
+    p = V::fma(t, p, V::all(0x1.62e42ap-1f));
+    p = V::fma(t, p, V::all(1.f));
+  } else {
+    p = V::fma(t, V::all(0x1.ec320ap-10f), V::all(0x1.26900cp-7f));
+    p = V::fma(t, p, V::all(0x1.c95446p-5f));
+    p = V::fma(t, p, V::all(0x1.ebd5a8p-3f));
+    p = V::fma(t, p, V::all(0x1.62e4f6p-1f));
+    p = V::fma(t, p, V::all(0x1.fffffep-1f));
+  }
+  return V::scale2(p, x, t);
+}
+
+// e^x as 2^(x log2 e): a score that equals its reference gives exactly 2^0.
+template <class V>
+BSA_INLINE typename V::f exp(typename V::f x) {
+  return exp2<V>(V::mul(x, V::all(kLog2e)));
+}
+
+// The token mask of one tile: keys key0 ... key0 + rows, queries query0 ... in lanes.
+struct TileMask {
+  long key0, query0;           // absolute positions
+  long band_lo, band_hi;
+  bool band;                   // the band cuts into this tile
+  const uint8_t* padding;      // of the tile's first key, or null
+  const int32_t* key_segment;  // of the tile's first key, or null
+  const int32_t* query_segment;
+  bool any() const { return band || padding || key_segment; }
+};
+
+BSA_INLINE int clamp_lane(long x, int lanes) { return x < -1 ? -1 : x > lanes ? lanes : int(x); }
+
+// Writes -inf over masked scores and recomputes the lane maxima.
+template <class V, int MV>
+__attribute__((noinline)) void mask_scores(float* s, long rows, const TileMask& t, float* peak) {
+  constexpr int L = MV * V::W;
+  const typename V::f never = V::all(-kInf);
+  typename V::f top[MV];
+  for (int j = 0; j < MV; ++j) top[j] = never;
+  for (long n = 0; n < rows; ++n) {
+    const long key = t.key0 + n;
+    const bool real = !t.padding || t.padding[n];
+    const int lo = real ? clamp_lane(key - t.band_hi - t.query0, L) : L;
+    const int hi = clamp_lane(key - t.band_lo - t.query0, L);
+    for (int j = 0; j < MV; ++j) {
+      float* p = s + n * L + j * V::W;
+      typename V::f x = V::keep_range(V::load(p), lo, hi, j * V::W, never);
+      if (t.key_segment) x = V::keep_equal(x, t.query_segment + j * V::W, t.key_segment[n], never);
+      V::store(p, x);
+      top[j] = V::max(x, top[j]);
+    }
+  }
+  for (int j = 0; j < MV; ++j) V::store(peak + j * V::W, top[j]);
+}
+
+// One step of the running softmax. Replaces the scores of `rows` keys by probabilities relative to `top` (for PAIR 2: in bf16,
+// pairs of keys interleaved per lane; `rows` is even then). `top` moves only when a score is e^7 above it, so most tiles
+// leave the output alone; when it moves, `out` (v_dim rows of lanes) and `sum` are rescaled.
+template <class V, int MV>
+__attribute__((noinline)) void softmax_step(float* s, long rows, const float* peak, float* top, float* sum, float* out, long v_dim,
+                                            bool first) {
+  constexpr int L = MV * V::W;
+  using f = typename V::f;
+  f base[MV], total[MV];
+  bool moves = false;
+  for (int j = 0; j < MV; ++j)
+    moves |= V::any_gt(V::load(peak + j * V::W), V::add(V::load(top + j * V::W), V::all(7.f)));
+  for (int j = 0; j < MV; ++j) {
+    f t = V::load(top + j * V::W);
+    total[j] = V::load(sum + j * V::W);
+    if (moves) {
+      const f now = V::max(V::load(peak + j * V::W), t);
+      // A lane that has seen nothing (-inf) keeps a sum of 0, whatever the factor: make it e^0.
+      const f factor = exp<V>(V::if_equal(now, -kInf, V::all(0.f), V::sub(t, now)));
+      V::store(top + j * V::W, now);
+      total[j] = V::mul(total[j], factor);
+      if (!first)
+        for (long d = 0; d < v_dim; ++d) V::store(out + d * L + j * V::W, V::mul(V::load(out + d * L + j * V::W), factor));
+      t = now;
+    }
+    base[j] = V::if_equal(t, -kInf, V::all(0.f), t);
+  }
+  if constexpr (V::PAIR == 1) {
+    for (long n = 0; n < rows; ++n)
+      for (int j = 0; j < MV; ++j) {
+        const f p = exp<V>(V::sub(V::load(s + n * L + j * V::W), base[j]));
+        total[j] = V::add(total[j], p);
+        V::store(s + n * L + j * V::W, p);
+      }
+  } else {
+    float* to = s;  // the probabilities of keys n, n + 1 overwrite row n / 2
+    for (long n = 0; n < rows; n += 2, to += L)
+      for (int j = 0; j < MV; ++j) {
+        const f even = exp<V>(V::sub(V::load(s + n * L + j * V::W), base[j]));
+        const f odd = exp<V>(V::sub(V::load(s + (n + 1) * L + j * V::W), base[j]));
+        total[j] = V::add(total[j], V::add(even, odd));
+        V::store(to + j * V::W, V::pair(even, odd));
+      }
+  }
+  for (int j = 0; j < MV; ++j) V::store(sum + j * V::W, total[j]);
+}
+
+}  // namespace

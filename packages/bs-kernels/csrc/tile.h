@@ -1,0 +1,127 @@
+// Register-tiled products. Everything the engine multiplies is one form:
+//
+//   C[i][lane] (+)= sum_k A(i, k) * B[k][lane]        i < rows, lane < MV * W
+//
+// with A read one 32-bit operand at a time and spread over the lanes, B and C in rows of lanes. A "columns" operand has its
+// k index strided (A + k * stride + i), a "rows" operand its i index (A + i * stride + k). Per element of C the sum runs over k
+// in ascending order whatever the tiling, so tilings never change bits.
+#pragma once
+#include <cstdint>
+
+namespace {
+
+enum class Walk { Rows, Columns };
+
+// What happens to a finished sum.
+enum class Into {
+  Add,    // C += sum
+  Set,    // C = sum
+  Score,  // C = c * sum, and peak[lane] = max(peak[lane], C)
+};
+
+#if defined(__GNUC__)
+#define BSA_INLINE inline __attribute__((always_inline))
+#else
+#define BSA_INLINE inline
+#endif
+
+template <class V, int R, int MV, Walk walk, Into into>
+BSA_INLINE void register_tile(long depth, const char* a, long stride, const float* b, long ldb, float* c, long ldc, float factor,
+                              float* peak) {
+  typename V::f acc[R][MV];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < MV; ++j) acc[i][j] = into == Into::Add ? V::load(c + i * ldc + j * V::W) : V::all(0.f);
+
+  if constexpr (walk == Walk::Columns) {
+    for (long k = 0; k < depth; ++k) {
+      typename V::f bk[MV];
+#pragma GCC unroll 4
+      for (int j = 0; j < MV; ++j) bk[j] = V::load(b + j * V::W);
+      const float* ak = reinterpret_cast<const float*>(a);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        const float x = ak[i];
+#pragma GCC unroll 4
+        for (int j = 0; j < MV; ++j) acc[i][j] = V::dot(acc[i][j], x, bk[j]);
+      }
+      a += stride;
+      b += ldb;
+    }
+  } else {
+    // Three rows share a pointer: x86 addresses base, base + stride and base + 2 stride without more registers.
+    const char* base[(R + 2) / 3];
+#pragma GCC unroll 8
+    for (int g = 0; g < (R + 2) / 3; ++g) {
+      base[g] = a + 3 * g * stride;
+      asm("" : "+r"(base[g]));
+    }
+    for (long k = 0; k < depth; ++k) {
+      typename V::f bk[MV];
+#pragma GCC unroll 4
+      for (int j = 0; j < MV; ++j) bk[j] = V::load(b + j * V::W);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        const float x = *reinterpret_cast<const float*>(base[i / 3] + (i % 3) * stride);
+#pragma GCC unroll 4
+        for (int j = 0; j < MV; ++j) acc[i][j] = V::dot(acc[i][j], x, bk[j]);
+      }
+#pragma GCC unroll 8
+      for (int g = 0; g < (R + 2) / 3; ++g) base[g] += 4;
+      b += ldb;
+    }
+  }
+
+  if constexpr (into == Into::Score) {
+    const typename V::f scale = V::all(factor);
+#pragma GCC unroll 4
+    for (int j = 0; j < MV; ++j) {
+      typename V::f top = V::load(peak + j * V::W);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i) {
+        acc[i][j] = V::mul(acc[i][j], scale);
+        top = V::max(acc[i][j], top);
+        V::store(c + i * ldc + j * V::W, acc[i][j]);
+      }
+      V::store(peak + j * V::W, top);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < MV; ++j) V::store(c + i * ldc + j * V::W, acc[i][j]);
+  }
+}
+
+template <class V, int MV, Walk walk, Into into>
+__attribute__((noinline)) void product(long rows, long depth, const void* a_, long stride, const float* b, long ldb, float* c,
+                                       long ldc, float factor = 1.f, float* peak = nullptr) {
+  const char* a = static_cast<const char*>(a_);
+  const long step = walk == Walk::Rows ? stride : 4;  // bytes from one row of the tile to the next
+  constexpr int R = V::ROWS;
+  for (; rows >= R; rows -= R, a += R * step, c += R * ldc)
+    register_tile<V, R, MV, walk, into>(depth, a, stride, b, ldb, c, ldc, factor, peak);
+#define BSA_REST(N)                                                                             \
+  if (N < R && (rows & N)) {                                                                    \
+    register_tile<V, N, MV, walk, into>(depth, a, stride, b, ldb, c, ldc, factor, peak);        \
+    a += N * step;                                                                              \
+    c += N * ldc;                                                                               \
+  }
+  BSA_REST(8)
+  BSA_REST(4)
+  BSA_REST(2)
+  BSA_REST(1)
+#undef BSA_REST
+}
+
+// The same with the number of lane vectors known only at run time.
+template <class V, Walk walk, Into into>
+BSA_INLINE void product_lanes(int vectors, long rows, long depth, const void* a, long stride, const float* b, long ldb, float* c,
+                              long ldc, float factor = 1.f, float* peak = nullptr) {
+  for (; vectors >= 2; vectors -= 2, b += 2 * V::W, c += 2 * V::W, peak = peak ? peak + 2 * V::W : peak)
+    product<V, 2, walk, into>(rows, depth, a, stride, b, ldb, c, ldc, factor, peak);
+  if (vectors) product<V, 1, walk, into>(rows, depth, a, stride, b, ldb, c, ldc, factor, peak);
+}
+
+}  // namespace

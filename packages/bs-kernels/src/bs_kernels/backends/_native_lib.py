@@ -1,0 +1,153 @@
+"""Finding and loading the native core: a shared library with a plain C interface (``csrc/call.h``), through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["ISA_NAMES", "CoreCall", "CoreTensor", "NativeCore", "NativeUnavailableError", "load", "missing_reason"]
+
+#: Must equal BSA_ABI_VERSION in csrc/call.h.
+ABI_VERSION = 1
+#: Instruction sets by their number in csrc/call.h, slowest first.
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
+
+_DIRECTORY = Path(__file__).resolve().parent.parent / "_native"
+_LIBRARY = {"darwin": "libbs_native.dylib", "win32": "bs_native.dll"}.get(sys.platform, "libbs_native.so")
+
+
+class NativeUnavailableError(RuntimeError):
+    """The native core is missing or does not fit; the message says why."""
+
+
+class CoreTensor(ctypes.Structure):
+    """``bsa_tensor``: a pointer and the strides of [batch, token, head, dim] in elements."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+    )
+
+
+class CoreCall(ctypes.Structure):
+    """``bsa_call``, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("abi_version", "isa", "num_threads", "split", "dtype", "result_dtype")),
+        *((name, ctypes.c_int64) for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "dim", "v_dim")),
+        ("scale", ctypes.c_float),
+        ("reserved", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("layouts", "layout_heads", "q_blocks", "kv_blocks")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("row_begin", "row_end", "indices", "col_begin", "col_end", "t_rows", "row_order", "col_order")
+        ),
+        *((name, ctypes.c_void_p) for name in ("q_bounds", "kv_bounds", "q_start", "kv_start")),
+        ("band_lo", ctypes.c_int64),
+        ("band_hi", ctypes.c_int64),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("key_padding", "q_segments", "kv_segments", "sinks", "page_table")
+        ),
+        *((name, CoreTensor) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("lse", "delta")),
+    )
+
+
+class NativeCore:
+    """The loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        version = library.bsa_abi_version()
+        if version != ABI_VERSION:
+            raise NativeUnavailableError(
+                f"{path.name} was built for interface {version}, this package needs {ABI_VERSION}: rebuild it"
+            )
+        self.path = path
+        self.threaded = bool(library.bsa_openmp())
+        self.supported = tuple(
+            name for number, name in enumerate(ISA_NAMES) if library.bsa_isa_supported(number)
+        )
+        self._run = {name: getattr(library, f"bsa_{name}") for name in ("forward", "backward")}
+        for function in self._run.values():
+            function.argtypes = (ctypes.POINTER(CoreCall),)
+            function.restype = ctypes.c_int
+
+    @property
+    def isa(self) -> str:
+        """The instruction set to run: the fastest this machine has, or what ``BS_KERNELS_ISA`` names.
+
+        Raises:
+            ValueError: ``BS_KERNELS_ISA`` names none that this machine and build can run.
+        """
+        asked = os.environ.get("BS_KERNELS_ISA")
+        if not asked:
+            return self.supported[-1]
+        if asked not in self.supported:
+            raise ValueError(f"BS_KERNELS_ISA: expected one of {', '.join(self.supported)} here, got {asked!r}")
+        return asked
+
+    def run(self, name: str, call: CoreCall) -> None:
+        """Run ``bsa_<name>``.
+
+        Raises:
+            MemoryError: the core could not allocate its workspace.
+            RuntimeError: the core refused the call, which is a bug in the binding.
+        """
+        status = self._run[name](call)
+        if status == 2:
+            raise MemoryError(f"native core: no memory for the workspace of {name}")
+        if status:
+            raise RuntimeError(f"native core: {name} returned status {status}")
+
+
+@functools.cache
+def _load() -> NativeCore | str:
+    """The core, or why there is none."""
+    path = _DIRECTORY / _LIBRARY
+    if not path.exists():
+        record = _DIRECTORY / "build.json"
+        if record.exists():
+            message = json.loads(record.read_text()).get("error") or "the build left no message"
+            return f"the native core was not built: {message}"
+        return "the native core is not built; install the package with a C++ compiler, or run hatch_build.py from its source"
+    try:
+        return NativeCore(path)
+    except (OSError, AttributeError, NativeUnavailableError) as error:
+        return f"the native core does not load: {error}"
+
+
+def load() -> NativeCore:
+    """The native core.
+
+    Raises:
+        NativeUnavailableError: it is missing, does not load, or ``BS_KERNELS_NATIVE=off``.
+    """
+    if os.environ.get("BS_KERNELS_NATIVE") == "off":
+        raise NativeUnavailableError("the native core is switched off by BS_KERNELS_NATIVE=off")
+    core = _load()
+    if isinstance(core, str):
+        raise NativeUnavailableError(core)
+    return core
+
+
+def missing_reason() -> str | None:
+    """Why there is no native core, or None when there is one.
+
+    Raises:
+        NativeUnavailableError: there is none although ``BS_KERNELS_NATIVE=require``.
+    """
+    try:
+        load()
+    except NativeUnavailableError as error:
+        if os.environ.get("BS_KERNELS_NATIVE") == "require":
+            raise
+        return str(error)
+    return None

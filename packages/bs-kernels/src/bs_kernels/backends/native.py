@@ -1,0 +1,140 @@
+"""The native CPU backend: the C++ core of ``csrc/``, called on the tensors in place.
+
+Shape legend: B batch, Hq query heads, Hkv key/value heads, Sq, Sk tokens, D head dim, Dv value head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native_lib
+from ._native_lib import ISA_NAMES, CoreCall, CoreTensor
+from .base import Call, Gradients, Needs, Problem
+
+__all__ = ["NativeBackend"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PLAN_LISTS = (
+    "row_begin",
+    "row_end",
+    "indices",
+    "col_begin",
+    "col_end",
+    "t_rows",
+    "row_order",
+    "col_order",
+    "q_bounds",
+    "kv_bounds",
+    "q_start",
+    "kv_start",
+)
+
+
+class NativeBackend:
+    """Block-sparse attention in C++: flash-style forward, deterministic backward, any thread count with the same bits."""
+
+    name = "native"
+
+    def not_supported_reasons(self, problem: Problem) -> list[str]:
+        """See `Backend.not_supported_reasons`."""
+        reasons = []
+        if problem.device != "cpu":
+            reasons.append(f"it runs on CPU, not on {problem.device}")
+        if problem.dtype not in _DTYPES:
+            reasons.append(f"it computes float32, bfloat16 and float16, not {str(problem.dtype).removeprefix('torch.')}")
+        if problem.attn_bias is not None:
+            reasons.append("it has no attn_bias")
+        if problem.block_bias:
+            reasons.append("it has no block_bias")
+        if problem.dropout:
+            reasons.append("it has no dropout")
+        if problem.paged and problem.backward:
+            reasons.append("it has no backward through paged K/V")
+        if not reasons and (missing := _native_lib.missing_reason()):
+            reasons.append(missing)
+        return reasons
+
+    def forward(self, call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """See `Backend.forward`."""
+        batch, q_len, q_heads, _ = call.q.shape
+        out = torch.empty((batch, q_len, q_heads, call.v.shape[-1]), dtype=out_dtype)
+        lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32)
+        if out.numel() or lse.numel():
+            core, args, keep = _arguments(call, out_dtype)
+            args.out, args.lse = _tensor(out, keep), lse.data_ptr()
+            if call.sinks is not None:
+                args.sinks = _keep(call.sinks.detach().to(torch.float32), keep)
+            core.run("forward", args)
+        return out, lse
+
+    def backward(
+        self, call: Call, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype
+    ) -> Gradients:
+        """See `Backend.backward`."""
+        del needs  # not_supported_reasons refuses what could be asked for
+        dq, dk, dv = (torch.empty(t.shape, dtype=grad_dtype) for t in (call.q, call.k, call.v))
+        if dq.numel() + dk.numel() + dv.numel():
+            core, args, keep = _arguments(call, grad_dtype)
+            args.dout = _tensor(dout.to(call.q.dtype), keep)
+            args.dq, args.dk, args.dv = (_tensor(t, keep) for t in (dq, dk, dv))
+            args.lse, args.delta = lse.data_ptr(), delta.data_ptr()
+            core.run("backward", args)
+        return Gradients(dq, dk, dv)
+
+
+def _keep(tensor: Tensor, keep: list[Tensor]) -> int:
+    """The address of a contiguous copy of ``tensor`` that lives as long as ``keep``."""
+    tensor = tensor.contiguous()
+    keep.append(tensor)
+    return tensor.data_ptr()
+
+
+def _tensor(tensor: Tensor, keep: list[Tensor]) -> CoreTensor:
+    """A 4-D tensor as the core sees it; copied only if its last dim is strided."""
+    if tensor.stride(3) != 1 and tensor.shape[3] != 1:
+        tensor = tensor.contiguous()
+    keep.append(tensor)
+    batch, token, head, _ = tensor.stride()
+    return CoreTensor(tensor.data_ptr(), batch, token, head)
+
+
+def _arguments(call: Call, result_dtype: torch.dtype) -> tuple[_native_lib.NativeCore, CoreCall, list[Tensor]]:
+    """The core, the arguments that forward and backward share, and the tensors to keep alive."""
+    core = _native_lib.load()
+    plan, keep = call.plan, []
+    batch, q_len, q_heads, dim = call.q.shape
+    band_lo, band_hi = plan.token_mask.band
+    args = CoreCall(
+        abi_version=_native_lib.ABI_VERSION,
+        isa=ISA_NAMES.index(core.isa),
+        num_threads=torch.get_num_threads() if core.threaded else 1,
+        dtype=_DTYPES[call.q.dtype],
+        result_dtype=_DTYPES[result_dtype],
+        batch=batch,
+        q_heads=q_heads,
+        kv_heads=call.k.shape[2],
+        q_len=q_len,
+        kv_len=plan.seq_len[1],
+        dim=dim,
+        v_dim=call.v.shape[-1],
+        scale=call.scale,
+        layouts=plan.batch,
+        layout_heads=plan.heads,
+        q_blocks=plan.q_blocks,
+        kv_blocks=plan.kv_blocks,
+        band_lo=band_lo,
+        band_hi=band_hi,
+        q=_tensor(call.q, keep),
+        k=_tensor(call.k, keep),
+        v=_tensor(call.v, keep),
+        **{name: getattr(plan, name).data_ptr() for name in _PLAN_LISTS},
+    )
+    if call.key_padding_mask is not None:
+        args.key_padding = _keep(call.key_padding_mask, keep)
+    if call.q_segments is not None and call.kv_segments is not None:
+        args.q_segments = _keep(call.q_segments, keep)
+        args.kv_segments = _keep(call.kv_segments, keep)
+    if call.page_table is not None:
+        args.page_table = _keep(call.page_table, keep)
+    return core, args, keep
