@@ -2,19 +2,38 @@
 
 from .layout import BlockLayout
 from .pattern import Pattern
+from .patterns.butterfly import Butterfly
+from .patterns.classic import BigBird, BSLongformer, ClassicPattern, Dense, Fixed, LocalSlidingWindow, Variable
+from .patterns.compose import Custom, Difference, Intersection, PerHead, Union
 from .patterns.dilated import DilatedSparse
 from .patterns.global_local import GlobalLocal
+from .patterns.hierarchical import Hierarchical, HierarchicalLevel
 from .patterns.local_window import LocalWindow
 from .segments import LongNetSegments
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BSLongformer",
+    "BigBird",
     "BlockLayout",
+    "Butterfly",
+    "ClassicPattern",
+    "Custom",
+    "Dense",
+    "Difference",
     "DilatedSparse",
+    "Fixed",
     "GlobalLocal",
+    "Hierarchical",
+    "HierarchicalLevel",
+    "Intersection",
+    "LocalSlidingWindow",
     "LocalWindow",
     "LongNetSegments",
     "Pattern",
+    "PerHead",
+    "Union",
+    "Variable",
     "__version__",
 ]

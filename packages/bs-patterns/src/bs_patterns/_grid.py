@@ -70,6 +70,11 @@ class Grid:
         """
         return np.maximum(self.query_spans()[0], 0) // self.block_size[1]
 
+    def row_spans(self) -> tuple[Int64, Int64]:
+        """The first and last key block at each query block's positions (negative before all keys)."""
+        first, last = self.query_spans()
+        return first // self.block_size[1], last // self.block_size[1]
+
     def within(self, distance: int) -> tuple[Int64, Int64]:
         """Per row, the range ``[low, high)`` of allowed key blocks at most ``distance`` tokens away.
 

@@ -1,4 +1,4 @@
-"""Concrete stages that come in levels: diagonals, columns, rows, and lists."""
+"""Concrete stages that come in levels: diagonals, columns, rows, spans, random blocks and lists."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from . import _csr
 from ._csr import Int64
+from ._permutation import permuted
 from ._stages import Levels, Space
 
 
@@ -111,3 +112,57 @@ class Listed(Levels):
     def blocks(self, space: Space, begin: int, end: int) -> tuple[Int64, Int64]:
         chosen = slice(*np.searchsorted(self.level, (begin, end)))
         return self.keys[chosen], self.level[chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class Spans(Levels):
+    """Columns ``[low, high)`` of each row, by their distance in key blocks from the row's own, ``first … last``."""
+
+    first: Int64
+    last: Int64
+    low: Int64
+    high: Int64
+
+    def sizes(self, space: Space) -> Int64:
+        before, after = np.sort(self.first - self.low), np.sort(self.high - 1 - self.last)
+        distance = np.arange(1, max(int(before[-1]), int(after[-1]), 0) + 1)
+        own = int((self.last - self.first + 1).sum())
+        both = len(before) - np.searchsorted(before, distance) + len(after) - np.searchsorted(after, distance)
+        return np.concatenate(([own], both)).astype(np.int64)
+
+    def blocks(self, space: Space, begin: int, end: int) -> tuple[Int64, Int64]:
+        low = np.clip(self.low, 0, space.grid.allowed)
+        high = np.clip(self.high, 0, space.grid.allowed)
+        left, right = self.first - end + 1, self.last + end
+        if begin == 0:
+            starts, stops = np.clip(left, low, high)[:, None], np.clip(right, low, high)[:, None]
+        else:
+            starts = np.clip(np.stack((left, self.last + begin), axis=1), low[:, None], high[:, None])
+            stops = np.clip(np.stack((self.first - begin + 1, right), axis=1), low[:, None], high[:, None])
+        counts = np.maximum(stops - starts, 0)
+        offset = (np.arange(len(low), dtype=np.int64) * space.grid.shape[1])[:, None]
+        keys = _csr.concatenated_ranges((starts + offset).ravel(), counts.ravel())
+        rows = np.repeat(np.arange(len(low)), counts.sum(axis=1))
+        cols = keys - rows * space.grid.shape[1]
+        return keys, np.maximum(np.maximum(self.first[rows] - cols, cols - self.last[rows]), 0)
+
+
+@dataclass(frozen=True)
+class Random(Levels):
+    """``count`` pseudorandom allowed blocks per row, level n holding every row's n-th."""
+
+    count: int
+    seed: int
+    head: int
+
+    def sizes(self, space: Space) -> Int64:
+        return np.full(min(self.count, space.grid.shape[1]), space.grid.shape[0], np.int64)
+
+    def blocks(self, space: Space, begin: int, end: int) -> tuple[Int64, Int64]:
+        grid = space.grid
+        level = np.tile(np.arange(begin, end, dtype=np.int64), grid.shape[0])
+        rows = np.repeat(np.arange(grid.shape[0], dtype=np.int64), end - begin)
+        kept = level < grid.allowed[rows]
+        rows, level = rows[kept], level[kept]
+        cols = permuted(self.seed, self.head, rows, level, grid.allowed[rows])
+        return rows * grid.shape[1] + cols, level

@@ -90,26 +90,31 @@ class Levels(Stage):
             if space.candidates is not None:
                 admitted = space.admits(keys)
                 keys, level = keys[admitted], level[admitted]
-            keys, level = _first_of_each(keys, level)
-            new = ~_member(keys, picked)
+            keys, level = best_of_each(keys, level)
+            new = ~is_member(keys, picked)
             picked = add_best(picked, keys[new], level[new], count, trace)
             begin = end
         return picked
 
 
-def _first_of_each(keys: Int64, level: Int64) -> tuple[Int64, Int64]:
+def best_of_each(keys: Int64, level: Int64) -> tuple[Int64, Int64]:
     """Ascending unique keys, each with its lowest level."""
     if len(keys) < 2 or (keys[1:] > keys[:-1]).all():
         return keys, level
-    order = np.lexsort((level, keys))
-    keys, level = keys[order], level[order]
+    bits = int(level.max()).bit_length()
+    if int(keys.max()).bit_length() + bits < 63:
+        both = np.sort((keys << bits) | level)
+        keys, level = both >> bits, both & ((1 << bits) - 1)
+    else:
+        order = np.lexsort((level, keys))
+        keys, level = keys[order], level[order]
     first = np.empty(len(keys), np.bool_)
     first[0] = True
     np.not_equal(keys[1:], keys[:-1], out=first[1:])
     return keys[first], level[first]
 
 
-def _member(keys: Int64, ascending: Int64) -> Bool:
+def is_member(keys: Int64, ascending: Int64) -> Bool:
     """Whether each of the ascending keys is in ``ascending``."""
     if not len(ascending):
         return np.zeros(len(keys), np.bool_)
@@ -173,7 +178,7 @@ class Near(Stage):
         starts = np.stack((outer_low, inner_high), axis=1) + (np.arange(len(outer_low)) * grid.shape[1])[:, None]
         counts = np.stack((inner_low - outer_low, outer_high - inner_high), axis=1)
         ring = _csr.concatenated_ranges(starts.ravel(), counts.ravel())
-        ring = ring[~_member(ring, picked)]
+        ring = ring[~is_member(ring, picked)]
         inner_size = _size_with(grid, picked, distance - 1) if distance else len(picked)
         return _with_ranges(grid, picked, inner_low, inner_high, ring[: count - inner_size])
 
@@ -192,7 +197,7 @@ class Near(Stage):
         while distance < reach and (count is None or len(picked) < count):
             distance = reach if wanted is None else _reaching(space.grid, candidates, wanted, distance + 1, reach)
             keys = candidates.within(space.grid, distance)
-            keys = keys[~_member(keys, picked)]
+            keys = keys[~is_member(keys, picked)]
             rows = keys // space.grid.shape[1]
             rank = space.grid.distance(rows, keys - rows * space.grid.shape[1])
             picked = add_best(picked, keys, rank, count, trace)

@@ -41,6 +41,17 @@ class Ranking:
             picked = stage.extend(self.space, picked, None, None)
         return picked
 
+    def geometry_in_order(self, count: int | None = None) -> Int64:
+        """The geometry's keys in rank order; at least its best ``count``, if there are so many."""
+        trace: list[Int64] = []
+        if count is None:
+            geometry = self.geometry()
+            self.prefix(len(self.first()) + len(geometry), trace, rest=False)
+            ordered = np.concatenate(trace)
+            return ordered[np.isin(ordered, geometry, assume_unique=True)]
+        self.prefix(max(count, len(self.first())), trace, rest=False)
+        return np.concatenate(trace)
+
     def first(self) -> Int64:
         """Each row's block nearest the diagonal, ascending."""
         if not self.closed:
@@ -54,17 +65,18 @@ class Ranking:
         """How many blocks the layout of this density has, if there are as many."""
         return max(len(self.first()), floor(density * int(self.space.grid.allowed.sum()) + 0.5))
 
-    def prefix(self, count: int, trace: list[Int64] | None = None) -> Int64:
+    def prefix(self, count: int, trace: list[Int64] | None = None, *, rest: bool = True) -> Int64:
         """Ascending keys of the best ``count`` blocks, or of all if there are fewer.
 
         Args:
             count: At least ``len(self.first())``.
             trace: If a list, the same keys are appended to it in rank order, in pieces.
+            rest: Whether to go on by distance when the geometry is used up.
         """
         picked = self.first()
         if trace is not None:
             trace.append(picked)
-        for stage in self.stages if self.closed else (*self.stages, Near()):
+        for stage in (*self.stages, Near()) if rest and not self.closed else self.stages:
             if len(picked) >= count:
                 break
             picked = stage.extend(self.space, picked, count, trace)
