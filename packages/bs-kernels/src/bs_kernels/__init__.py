@@ -1,3 +1,22 @@
 """Exact block-sparse attention, forward and backward, on CPU and GPU."""
 
+from .api import block_sparse_attention, explain_backends
+from .batched import BatchedLayout
+from .dispatch import BackendReport, BackendTable
+from .merge import merge_attention
+from .plan import LayoutPlan
+from .token_mask import TokenMask
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BackendReport",
+    "BackendTable",
+    "BatchedLayout",
+    "LayoutPlan",
+    "TokenMask",
+    "__version__",
+    "block_sparse_attention",
+    "explain_backends",
+    "merge_attention",
+]

@@ -1,0 +1,220 @@
+"""Head-major copies of Q, K and V in whole, zero-filled blocks, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..plan import LayoutPlan
+
+__all__ = ["KeyBlocks", "QueryBlocks", "add_rows_", "pack_tokens"]
+
+
+def _is_regular(bounds: Tensor, block: int, tokens: int) -> bool:
+    """Whether blocks lie at multiples of the block size (host read; small)."""
+    blocks = bounds.numel() - 1
+    regular = torch.arange(blocks + 1, dtype=bounds.dtype, device=bounds.device).mul_(block).clamp_(max=tokens)
+    return bool(torch.equal(bounds, regular))
+
+
+def _token_index(bounds: Tensor, blocks: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Token of every slot of ``blocks`` (clamped) and whether it exists: int64[n · block], bool[n · block]."""
+    bounds = bounds.to(torch.int64)
+    begin, end = bounds[blocks], bounds[blocks + 1]
+    token = begin[:, None] + torch.arange(block, device=bounds.device)
+    exists = token < end[:, None]
+    return token.clamp(max=max(int(bounds[-1]) - 1, 0)).flatten(), exists.flatten()
+
+
+def _copy_blocks(blocked: Tensor, tokens: Tensor, block: int, *, into_tokens: bool) -> None:
+    """Copy between ``blocked`` [B, n, block, …] and ``tokens`` [B, S, …] (either may be strided and of any dtype)."""
+    length = tokens.shape[1]
+    whole = length // block
+    pairs = []
+    if whole:
+        pairs.append((blocked[:, :whole], tokens[:, : whole * block].unflatten(1, (whole, block))))
+    if length > whole * block:
+        pairs.append((blocked[:, whole, : length - whole * block], tokens[:, whole * block :]))
+    for a, b in pairs:
+        if into_tokens:
+            b.copy_(a)
+        else:
+            a.copy_(b)
+
+
+@dataclass(frozen=True)
+class QueryBlocks:
+    """Packs query-shaped tensors: [B, Sq, Hq, X] ↔ [B · HU · QB, group · block, X].
+
+    Attributes:
+        batch, head_units, group, blocks, block, tokens: sizes; ``Hq = head_units · group``.
+        bounds: the plan's ``q_bounds`` if blocks are irregular, else None.
+    """
+
+    batch: int
+    head_units: int
+    group: int
+    blocks: int
+    block: int
+    tokens: int
+    bounds: Tensor | None
+
+    @classmethod
+    def of(cls, plan: LayoutPlan, batch: int, head_units: int, group: int) -> QueryBlocks:
+        """The packing of a plan's queries."""
+        block, tokens = plan.block_size[0], plan.seq_len[0]
+        bounds = None if _is_regular(plan.q_bounds, block, tokens) else plan.q_bounds
+        return cls(batch, head_units, group, plan.q_blocks, block, tokens, bounds)
+
+    def _views(self, packed: Tensor) -> Tensor:
+        """``packed`` as [B, QB, block, HU, group, X]."""
+        shape = (self.batch, self.head_units, self.blocks, self.group, self.block, packed.shape[-1])
+        return packed.view(shape).permute(0, 2, 4, 1, 3, 5)
+
+    def pack(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, Sq, Hq, X] → [units, group · block, X], zeros where a block is short."""
+        units = self.batch * self.head_units * self.blocks
+        short = self.bounds is not None or self.tokens < self.blocks * self.block
+        new = torch.zeros if short else torch.empty
+        packed = new(units, self.group * self.block, x.shape[-1], dtype=dtype, device=x.device)
+        if packed.numel() == 0:
+            return packed
+        view, x = self._views(packed), x.unflatten(2, (self.head_units, self.group))
+        if self.bounds is None:
+            _copy_blocks(view, x, self.block, into_tokens=False)
+            return packed
+        token, exists = self._tokens()
+        filled = x.index_select(1, token).unflatten(1, (self.blocks, self.block)).to(dtype)
+        view.copy_(filled.masked_fill_(~exists.view(1, self.blocks, self.block, 1, 1, 1), 0))
+        return packed
+
+    def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        """The way back; contiguous."""
+        heads = (self.head_units, self.group)
+        out = torch.empty(self.batch, self.tokens, *heads, packed.shape[-1], dtype=dtype, device=packed.device)
+        if out.numel():
+            view = self._views(packed)
+            if self.bounds is None:
+                _copy_blocks(view, out, self.block, into_tokens=True)
+            else:
+                token, exists = self._tokens()
+                out.index_copy_(1, token[exists], view.flatten(1, 2)[:, exists].to(dtype))
+        return out.flatten(2, 3)
+
+    def pack_rows(self, x: Tensor) -> Tensor:
+        """[B, Hq, Sq] → [units, group · block, 1] (LSE, delta)."""
+        return self.pack(x.transpose(1, 2).unsqueeze(-1), x.dtype)
+
+    def unpack_rows(self, packed: Tensor) -> Tensor:
+        """[units, group · block] → [B, Hq, Sq]."""
+        return self.unpack(packed.unsqueeze(-1), packed.dtype).squeeze(-1).transpose(1, 2).contiguous()
+
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        assert self.bounds is not None
+        return _token_index(self.bounds, torch.arange(self.blocks, device=self.bounds.device), self.block)
+
+
+@dataclass(frozen=True)
+class KeyBlocks:
+    """Packs key-shaped tensors, used blocks only: [B, Sk, Hkv, X] or pages ↔ [B · Hkv · U, block, X].
+
+    Attributes:
+        plan: the plan.
+        used: int64[U]; the key blocks to pack.
+        batch, heads: B and Hkv.
+        whole: whether all blocks are used and lie at multiples of the block size.
+        page_table: int64[B, U] pages of the used blocks, or None.
+        exists: bool[U, block]; which tokens of the used blocks exist.
+    """
+
+    plan: LayoutPlan
+    used: Tensor
+    batch: int
+    heads: int
+    whole: bool
+    page_table: Tensor | None
+    exists: Tensor
+
+    @classmethod
+    def of(cls, plan: LayoutPlan, used: Tensor, k: Tensor, batch: int, page_table: Tensor | None) -> KeyBlocks:
+        """The packing of a plan's keys.
+
+        Raises:
+            ValueError: a page out of range.
+        """
+        block, pages, heads = plan.block_size[1], k.shape[0], k.shape[2]
+        whole = page_table is None and used.numel() == plan.kv_blocks
+        whole = whole and _is_regular(plan.kv_bounds, block, plan.seq_len[1])
+        lengths = plan.kv_bounds.diff()[used]
+        exists = torch.arange(block, device=plan.device) < lengths[:, None]
+        if page_table is not None:
+            page_table = page_table[:, used].to(torch.int64)
+            if plan.batch > 1:  # a block that another batch element uses may have no page here
+                page_table = page_table.clamp(0, max(pages - 1, 0))
+            elif (
+                page_table.device.type == "cpu"
+                and page_table.numel()
+                and not bool(((page_table >= 0) & (page_table < pages)).all())
+            ):
+                bad = page_table[(page_table < 0) | (page_table >= pages)][0]
+                raise ValueError(f"page_table: expected pages in [0, {pages}) for active blocks, got {int(bad)}")
+        return cls(plan, used, batch, heads, whole, page_table, exists)
+
+    def _views(self, packed: Tensor) -> Tensor:
+        """``packed`` as [B, U, block, Hkv, X]."""
+        shape = (self.batch, self.heads, self.used.numel(), self.plan.block_size[1], packed.shape[-1])
+        return packed.view(shape).permute(0, 2, 3, 1, 4)
+
+    def pack(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, Sk, Hkv, X] or [pages, block, Hkv, X] → [B · Hkv · U, block, X], zeros where a block is short."""
+        block, blocks = self.plan.block_size[1], self.used.numel()
+        new = torch.zeros if self.whole and self.plan.seq_len[1] % block else torch.empty
+        packed = new(self.batch * self.heads * blocks, block, x.shape[-1], dtype=dtype, device=x.device)
+        if packed.numel() == 0:
+            return packed
+        view = self._views(packed)
+        if self.whole:
+            _copy_blocks(view, x, block, into_tokens=False)
+            return packed
+        if self.page_table is not None:
+            view.copy_(x.index_select(0, self.page_table.flatten()).unflatten(0, (self.batch, blocks)))
+        else:
+            token, _ = _token_index(self.plan.kv_bounds, self.used, block)
+            view.copy_(x.index_select(1, token).unflatten(1, (blocks, block)))
+        packed.view(-1, blocks, block, x.shape[-1]).masked_fill_(~self.exists[..., None], 0)
+        return packed
+
+    def unpack(self, packed: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """The way back, for gradients: shaped like ``like``, zero where nothing was packed, pages summed."""
+        if self.whole:
+            out = torch.empty(like.shape, dtype=dtype, device=packed.device)
+            if out.numel():
+                _copy_blocks(self._views(packed), out, self.plan.block_size[1], into_tokens=True)
+            return out
+        out = torch.zeros(like.shape, dtype=packed.dtype, device=packed.device)
+        if packed.numel() == 0:
+            return out.to(dtype)
+        view = self._views(packed)
+        if self.page_table is not None:
+            view = view.masked_fill(~self.exists[..., None, None], 0)
+            add_rows_(out, self.page_table.flatten(), view.flatten(0, 1))
+        else:
+            token, exists = _token_index(self.plan.kv_bounds, self.used, self.plan.block_size[1])
+            out.index_copy_(1, token[exists], view.flatten(1, 2)[:, exists])
+        return out.to(dtype)
+
+
+def add_rows_(into: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``into[index[n]] += rows[n]`` with repeats, the same bits every time on any device."""
+    if into.device.type == "cpu":
+        into.index_add_(0, index, rows)  # one index after the other
+    else:
+        into.index_put_((index,), rows, accumulate=True)  # sorts the indices first, where index_add_ uses atomics
+
+
+def pack_tokens(x: Tensor, bounds: Tensor, blocks: Tensor, block: int) -> Tensor:
+    """[B, S] → [B, n, block]: per-token values of some blocks; of tokens that do not exist, a neighbour's."""
+    token, _ = _token_index(bounds, blocks, block)
+    return x.index_select(1, token).unflatten(1, (blocks.numel(), block))
