@@ -2,7 +2,8 @@
 
 import torch
 
-_KNOWN: dict[torch.device, torch.device] = {}  # devices that name exactly one, whatever the current device is
+# Names of exactly one device, whatever the current one is: a string costs two microseconds to parse.
+_KNOWN: dict[torch.device | str, torch.device] = {}
 
 
 def canonical_device(device: torch.device | str | int | None, argument: str = "device") -> torch.device:
@@ -19,13 +20,14 @@ def canonical_device(device: torch.device | str | int | None, argument: str = "d
         TypeError: if `device` is not a device, string, integer or None.
         ValueError: if torch does not know the device.
     """
-    if isinstance(device, torch.device):
+    if isinstance(device, torch.device | str):
         known = _KNOWN.get(device)
         if known is not None:
             return known
-    elif device is None:
+    given = device
+    if device is None:
         device = torch.get_default_device()
-    else:
+    elif not isinstance(device, torch.device):
         if isinstance(device, bool) or not isinstance(device, str | int):
             raise TypeError(f"{argument}: expected a torch.device, string or index, got {type(device).__name__}")
         try:
@@ -33,9 +35,10 @@ def canonical_device(device: torch.device | str | int | None, argument: str = "d
         except RuntimeError as error:
             raise ValueError(f"{argument}: expected a device torch knows, got {device!r} ({error})") from None
     if device.type in ("cpu", "meta"):
-        return _KNOWN.setdefault(device, torch.device(device.type))
-    if device.index is None:
+        device = torch.device(device.type)
+    elif device.index is None:
         module = torch.get_device_module(device)
-        index = module.current_device() if hasattr(module, "current_device") else 0
-        return torch.device(device.type, index)
-    return _KNOWN.setdefault(device, device)
+        return torch.device(device.type, module.current_device() if hasattr(module, "current_device") else 0)
+    if isinstance(given, torch.device | str):
+        _KNOWN[given] = device
+    return device

@@ -226,6 +226,9 @@ class MemoryPressure:
         elapsed = max(0.0, self._clock() - gauge.margin_at)
         return 1.0 + (gauge.margin - 1.0) * 0.5 ** (elapsed / self._half_life)
 
+    def _watches(self, device: torch.device) -> bool:
+        return device in self._gauges
+
     def _reclaim(self, device: torch.device | None) -> int:
         return 0
 
