@@ -47,13 +47,15 @@ typedef struct {
   const float* delta;            // [batch, q_heads, q_len]: rowsum(dout * out) - dlse; read by backward
 } bsa_call;
 
-int bsa_abi_version(void);
-const char* bsa_isa_name(int isa);
-int bsa_isa_supported(int isa);  // 1 when compiled in and this machine runs it
-int bsa_openmp(void);            // 1 when built with threads
+#define BSA_EXPORT __attribute__((visibility("default")))
 
-int bsa_forward(const bsa_call* call);
-int bsa_backward(const bsa_call* call);
+BSA_EXPORT int bsa_abi_version(void);
+BSA_EXPORT const char* bsa_isa_name(int isa);
+BSA_EXPORT int bsa_isa_supported(int isa);  // 1 when compiled in and this machine runs it
+BSA_EXPORT int bsa_openmp(void);            // 1 when built with threads
+
+BSA_EXPORT int bsa_forward(const bsa_call* call);
+BSA_EXPORT int bsa_backward(const bsa_call* call);
 
 #ifdef __cplusplus
 }
