@@ -1,10 +1,15 @@
 """The `torch` backend: block-sparse attention as chunks of batched matrix products, on any device and in any dtype.
 
 Q, K and V are copied head-major once; chunks of rows gather their key blocks, so that every product is dense. Nothing
-larger than a chunk's score tile is ever held. Products run in the accumulation dtype. Same bits from run to run.
+larger than a chunk's score tile is ever held. Scores are products in the accumulation dtype. The other products take
+bfloat16 operands where the inputs are bfloat16 and the CPU has instructions for them; sums over chunks stay float32.
+Same bits from run to run.
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 from torch import Tensor
@@ -63,95 +68,101 @@ class _Run:
         self.queries = QueryBlocks.of(plan, batch, self.head_units, self.group)
         self.keys = KeyBlocks.of(plan, self.schedule.used, call.k, batch, call.page_table)
         self.rows = self.group * plan.block_size[0]
+        narrow = call.q.dtype == torch.bfloat16 and call.q.device.type == "cpu" and _multiplies_bfloat16()
+        self.operand = torch.bfloat16 if narrow else self.dtype
 
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.call.q.device)
-
-    def _packed(self) -> tuple[Tensor, Tensor, Tensor]:
-        q = self.queries.pack(self.call.q, self.dtype).mul_(self.call.scale)
-        k, v = (self.keys.pack(x, self.dtype).flatten(1) for x in (self.call.k, self.call.v))
-        return q, k, v
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.call.q.device)
 
     def forward(self, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Output and LSE, chunk by chunk; later pieces of a long row merge with the earlier ones."""
         call, schedule = self.call, self.schedule
-        q, k, v = self._packed()
+        q = self.queries.pack(call.q, self.operand)
+        k, v = (self.keys.pack(x, self.operand).flatten(1) for x in (call.k, call.v))
         dim_v = call.v.shape[-1]
         out = torch.zeros(q.shape[0], self.rows, dim_v, dtype=self.dtype, device=q.device)
         lse = torch.full((q.shape[0], self.rows, 1), _NEG_INF, dtype=self.dtype, device=q.device)
-        tiles = self._empty(2, schedule.workspace)
-        gathered = self._empty(2, schedule.gathered * max(call.q.shape[-1], dim_v))
+        tiles = _Tiles(self, max(call.q.shape[-1], dim_v), scores=2, operands=2)
         for chunk in schedule.chunks:
             at = ChunkScores(self.frame, chunk)
-            k_c, v_c = (self._gather(x, at, buffer) for x, buffer in zip((k, v), gathered, strict=True))
-            scores, weights = (tile[: k_c.shape[0] * self.rows * k_c.shape[1]] for tile in tiles)
-            shape = (k_c.shape[0], self.rows, k_c.shape[1])
-            scores, weights = scores.view(shape), weights.view(shape)
-            torch.bmm(q.index_select(0, at.q_index), k_c.transpose(1, 2), out=scores)
+            k_c, v_c = self._gather(k, at, tiles.operands[0]), self._gather(v, at, tiles.operands[1])
+            scores, weights = tiles.view_scores(k_c)
+            self._scores(q.index_select(0, at.q_index), k_c, tiles, scores)
             at.apply_(scores)
             lse_c = _softmax_(scores, weights, at.may_empty)
             if call.dropout_p:
                 weights.view(at.shape).mul_(at.keep()).div_(1 - call.dropout_p)
-            out_c = torch.bmm(weights, v_c)
+            out_c = torch.bmm(tiles.as_operand(weights), v_c).to(self.dtype)
             if not chunk.first:
                 out_c, lse_c = _merge(out.index_select(0, at.q_index), lse.index_select(0, at.q_index), out_c, lse_c)
             out.index_copy_(0, at.q_index, out_c)
             lse.index_copy_(0, at.q_index, lse_c)
         if call.sinks is not None:
-            sinks = call.sinks.to(self.dtype).view(1, self.head_units, 1, self.group, 1, 1)
-            shape = (call.q.shape[0], self.head_units, call.plan.q_blocks, self.group, call.plan.block_size[0], 1)
-            total = torch.logaddexp(lse.view(shape), sinks)
-            out.view(*shape[:-1], dim_v).mul_(torch.exp(lse.view(shape) - total))
-            lse = total.view_as(lse)
+            lse = self._add_sinks_(out, lse, call.sinks)
         return self.queries.unpack(out, out_dtype), self.queries.unpack_rows(lse.squeeze(-1))
 
     def backward(self, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype) -> Gradients:
         """Gradients, recomputing each chunk's probabilities from the LSE."""
         call, schedule = self.call, self.schedule
-        q, k, v = self._packed()
-        do = self.queries.pack(dout, self.dtype)
+        q, do = self.queries.pack(call.q, self.operand), self.queries.pack(dout, self.operand)
+        k, v = (self.keys.pack(x, self.operand).flatten(1) for x in (call.k, call.v))
         lse, delta = self.queries.pack_rows(lse), self.queries.pack_rows(delta)
         lse.masked_fill_(lse == _NEG_INF, float("inf"))  # exp(score − inf) = 0, also where the score is −inf
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=self.dtype, device=x.device) for x in (q, k, v))
         d_attn = self._gradient_of(call.attn_bias, needs.attn_bias)
         d_block = self._gradient_of(call.block_bias, needs.block_bias)
-        tiles = self._empty(2, schedule.workspace)
-        gathered = self._empty(4, schedule.gathered * max(q.shape[-1], do.shape[-1]))
+        tiles = _Tiles(self, max(q.shape[-1], do.shape[-1]), scores=2, operands=2)
         for chunk in schedule.chunks:
             at = ChunkScores(self.frame, chunk)
-            k_c, v_c = (self._gather(x, at, buffer) for x, buffer in zip((k, v), gathered[:2], strict=True))
+            k_c, v_c = self._gather(k, at, tiles.operands[0]), self._gather(v, at, tiles.operands[1])
             q_c, do_c = q.index_select(0, at.q_index), do.index_select(0, at.q_index)
-            shape = (k_c.shape[0], self.rows, k_c.shape[1])
-            weights, dscores = (tile[: shape[0] * shape[1] * shape[2]].view(shape) for tile in tiles)
-            torch.bmm(q_c, k_c.transpose(1, 2), out=weights)
+            weights, dscores = tiles.view_scores(k_c)
+            self._scores(q_c, k_c, tiles, weights)
             at.apply_(weights)
             weights.sub_(lse.index_select(0, at.q_index)).exp_()
-            torch.bmm(do_c, v_c.transpose(1, 2), out=dscores)
-            if call.dropout_p:
-                keep = at.keep()
-                dscores.view(at.shape).mul_(keep).div_(1 - call.dropout_p)
-                dscores.sub_(delta.index_select(0, at.q_index)).mul_(weights)
+            keep = at.keep() if call.dropout_p else None
+            dweights = torch.bmm(do_c, v_c.transpose(1, 2), out=tiles.view_product(dscores))
+            if keep is not None:
+                dweights.view(at.shape).mul_(keep).div_(1 - call.dropout_p)
+            torch.sub(dweights, delta.index_select(0, at.q_index), out=dscores).mul_(weights)
+            if keep is not None:
                 weights.view(at.shape).mul_(keep).div_(1 - call.dropout_p)
-            else:
-                dscores.sub_(delta.index_select(0, at.q_index)).mul_(weights)
-            dq_c = torch.bmm(dscores, k_c)
-            dq.index_copy_(0, at.q_index, dq_c if chunk.first else dq_c.add_(dq.index_select(0, at.q_index)))
-            for into, left, right, buffer in ((dk, dscores, q_c, gathered[2]), (dv, weights, do_c, gathered[3])):
-                part = buffer[: shape[0] * shape[2] * right.shape[-1]].view(shape[0], shape[2], right.shape[-1])
-                torch.bmm(left.transpose(1, 2), right, out=part)
-                add_rows_(into, at.kv_index, part.view(at.kv_index.numel(), -1))
+            self._add_keys_(dv, at, tiles.as_operand(weights), do_c, tiles)
             if d_block is not None:
                 at.add_block_bias_gradient_(d_block, dscores)
             if d_attn is not None:
                 at.add_attn_bias_gradient_(d_attn, dscores)
+            dscores = tiles.as_operand(dscores)
+            dq_c = torch.bmm(dscores, k_c).to(self.dtype)
+            dq.index_copy_(0, at.q_index, dq_c if chunk.first else dq_c.add_(dq.index_select(0, at.q_index)))
+            self._add_keys_(dk, at, dscores, q_c, tiles)
         block = call.plan.block_size[1]
         return Gradients(
             self.queries.unpack(dq.mul_(call.scale), grad_dtype),
-            self.keys.unpack(dk.view(-1, block, q.shape[-1]), call.k, grad_dtype),
+            self.keys.unpack(dk.mul_(call.scale).view(-1, block, q.shape[-1]), call.k, grad_dtype),
             self.keys.unpack(dv.view(-1, block, do.shape[-1]), call.v, grad_dtype),
             d_attn,
             d_block,
         )
+
+    def _scores(self, q_c: Tensor, k_c: Tensor, tiles: _Tiles, out: Tensor) -> None:
+        """Scaled scores of a chunk, products and sums in the accumulation dtype."""
+        k_c = tiles.widened(k_c)
+        torch.baddbmm(out, q_c.to(self.dtype), k_c.transpose(1, 2), beta=0, alpha=self.call.scale, out=out)
+
+    def _add_keys_(self, into: Tensor, at: ChunkScores, left: Tensor, right: Tensor, tiles: _Tiles) -> None:
+        """Add ``leftᵀ @ right`` to a packed gradient of keys or values."""
+        part = torch.bmm(left.transpose(1, 2), right, out=tiles.view_keys(left, right))
+        add_rows_(into, at.kv_index, tiles.widened(part).view(at.kv_index.numel(), -1))
+
+    def _add_sinks_(self, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+        """Let sinks join the softmax: rescale ``out`` in place and return the LSE with them."""
+        call, plan = self.call, self.call.plan
+        shape = (call.q.shape[0], self.head_units, plan.q_blocks, self.group, plan.block_size[0], 1)
+        logits = sinks.to(self.dtype).view(1, self.head_units, 1, self.group, 1, 1)
+        total = torch.logaddexp(lse.view(shape), logits)
+        out.view(*shape[:-1], -1).mul_(torch.exp(lse.view(shape) - total))
+        return total.view_as(lse)
 
     def _gather(self, pool: Tensor, at: ChunkScores, buffer: Tensor) -> Tensor:
         """Key blocks of a chunk: [units, n · bk, X]."""
@@ -162,6 +173,56 @@ class _Run:
 
     def _gradient_of(self, x: Tensor | None, needed: bool) -> Tensor | None:
         return torch.zeros(x.shape, dtype=self.dtype, device=x.device) if x is not None and needed else None
+
+
+class _Tiles:
+    """Buffers that every chunk of a call reuses: fresh memory would cost a page fault per page.
+
+    Args:
+        run: the call.
+        width: the larger head dim.
+        scores: how many score tiles.
+        operands: how many gathered sets of key blocks.
+    """
+
+    def __init__(self, run: _Run, width: int, *, scores: int, operands: int) -> None:
+        schedule, self.rows = run.schedule, run.rows
+        gathered = schedule.gathered * width
+        self.narrow = run.operand != run.dtype
+        self.scores = run._empty(scores, schedule.workspace)
+        self.operands = run._empty(operands, gathered, dtype=run.operand)
+        self.part = run._empty(gathered, dtype=run.operand)
+        self.wide = run._empty(gathered if self.narrow else 0)
+        self.product = run._empty(schedule.workspace if self.narrow else 0, dtype=run.operand)
+
+    def view_scores(self, k_c: Tensor) -> tuple[Tensor, ...]:
+        """The score tiles as [units, rows, keys] of a chunk with these keys."""
+        shape = (k_c.shape[0], self.rows, k_c.shape[1])
+        return tuple(tile[: math.prod(shape)].view(shape) for tile in self.scores)
+
+    def view_product(self, tile: Tensor) -> Tensor:
+        """Where a product shaped like ``tile`` goes: itself, or a tile in the operands' dtype."""
+        return self.product[: tile.numel()].view(tile.shape) if self.narrow else tile
+
+    def as_operand(self, tile: Tensor) -> Tensor:
+        """``tile`` in the dtype of the products' operands."""
+        return self.view_product(tile).copy_(tile) if self.narrow else tile
+
+    def widened(self, x: Tensor) -> Tensor:
+        """``x`` (keys of a chunk) in the accumulation dtype."""
+        return self.wide[: x.numel()].view(x.shape).copy_(x) if self.narrow else x
+
+    def view_keys(self, left: Tensor, right: Tensor) -> Tensor:
+        """Where ``leftᵀ @ right`` goes."""
+        shape = (left.shape[0], left.shape[2], right.shape[2])
+        return self.part[: math.prod(shape)].view(shape)
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 def _softmax_(scores: Tensor, weights: Tensor, may_empty: bool) -> Tensor:
