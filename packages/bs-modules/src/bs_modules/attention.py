@@ -1,0 +1,405 @@
+"""The common base type of all block-sparse attention modules, and the base module: one fixed pattern."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bs_kernels import LayoutPlan, block_sparse_attention
+from bs_patterns import BlockLayout, LongNetSegments
+
+from .config import SparsePatternConfig, check_int, check_int_list
+
+_LAYOUTS_KEPT = 16
+_DEFAULT_SEQ_LEN = 8192
+
+
+class BlockSparseAttention(nn.Module):
+    """Attention over the active blocks of a layout. Subclasses say which layout.
+
+    Args:
+        segment_lengths: LongNet segment lengths in tokens. Together with `dilation_rates` they restrict the pattern to
+            LongNet's geometry at block granularity. `None`: every block is a candidate.
+        dilation_rates: One rate per segment length, in blocks.
+        sparse_config: Pattern, density and block size, or a mapping of its fields. The module keeps this very object:
+            assigning to its fields takes effect at the next call.
+        device: Where `prepare` builds plans, and where inputs must be. `None`: wherever the inputs are.
+        dtype: What inputs must be. `None`: any floating dtype.
+        num_heads: Query heads; `None` reads them from the first input.
+        dropout: Probability with which an attention probability is dropped while training.
+        scale: Multiplies the scores; `None` is `head_dim ** -0.5`.
+        mixed_precision: Run the attention in bf16 (fp16 on GPUs without bf16) and return the input's dtype.
+        order: In which order tiles are processed; changes the result by rounding at most.
+        backend: Of `bs_kernels.block_sparse_attention`.
+        deterministic: Whether the backward must give the same bits every time.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or only one of `segment_lengths` and `dilation_rates` is given.
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] | None = None,
+        sparse_config: SparsePatternConfig | Mapping[str, Any] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        num_heads: int | None = None,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        mixed_precision: bool = False,
+        order: str = "auto",
+        backend: str = "auto",
+        deterministic: bool = True,
+    ) -> None:
+        super().__init__()
+        if sparse_config is None:
+            sparse_config = SparsePatternConfig()
+        elif isinstance(sparse_config, Mapping):
+            sparse_config = SparsePatternConfig.from_dict(sparse_config)
+        elif not isinstance(sparse_config, SparsePatternConfig):
+            raise TypeError(f"sparse_config: expected a SparsePatternConfig or a mapping, got {sparse_config!r}")
+        self.sparse_config = sparse_config
+        self.segment_lengths, self.dilation_rates = _check_segments(segment_lengths, dilation_rates)
+        self.num_heads = None if num_heads is None else check_int("num_heads", num_heads)
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise TypeError(f"dropout: expected a number in [0, 1), got {dropout!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
+        self.dropout = float(dropout)
+        self.scale = scale
+        self.mixed_precision = mixed_precision
+        self.order, self.backend, self.deterministic = order, backend, deterministic
+        self._device_given, self._dtype_given = device is not None, dtype is not None
+        # Follows .to(), so that the module knows where it lives although it may have no parameter.
+        self.register_buffer("_anchor", torch.empty(0, device=device, dtype=dtype), persistent=False)
+        self._anchor: Tensor
+        self._last_call: tuple[int, bool] | None = None
+        self._forget()
+
+    # -- what the module attends to ----------------------------------------------------------------------------------
+
+    def layout(
+        self, seq_len: int | tuple[int, int], is_causal: bool = False, num_heads: int | None = None
+    ) -> BlockLayout:
+        """The layout for one length; cached until the configuration changes.
+
+        Args:
+            seq_len: Tokens, or a (query, key) pair of lengths. With `is_causal` the last query sees the last key, and
+                fewer queries than keys are the last rows of the square layout (decoding with a cache).
+            is_causal: Whether queries see only keys up to their own position.
+            num_heads: Query heads; `None` takes the module's, or 1.
+
+        Returns:
+            One row pattern shared by all heads (`heads == 1`) unless the heads differ.
+        """
+        lengths = (seq_len, seq_len) if isinstance(seq_len, int) else tuple(seq_len)
+        heads = num_heads or self.num_heads or 1
+        key = (lengths, bool(is_causal), heads, self._fingerprint())
+        with self._lock:
+            found = self._layouts.get(key)
+            if found is not None:
+                self._layouts.move_to_end(key)
+                return found
+        q_len, k_len = lengths
+        if is_causal and q_len < k_len:
+            made = self.layout(k_len, True, heads).rows_at(k_len - q_len, k_len)
+        else:
+            made = _share_equal_heads(self._make_layout((q_len, k_len), bool(is_causal), heads))
+        with self._lock:
+            self._layouts[key] = made
+            while len(self._layouts) > _LAYOUTS_KEPT:
+                self._layouts.popitem(last=False)
+        return made
+
+    def _make_layout(self, seq_len: tuple[int, int], is_causal: bool, num_heads: int) -> BlockLayout:
+        """Builds the layout for a (query, key) pair of lengths: what a variant overrides."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which layout it uses")
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        """Everything a layout depends on, besides lengths, causality and heads."""
+        return (self.sparse_config.fingerprint(), tuple(self.segment_lengths or ()), tuple(self.dilation_rates or ()))
+
+    def _candidates(self) -> LongNetSegments | None:
+        if self.segment_lengths is None or self.dilation_rates is None:
+            return None
+        return LongNetSegments(tuple(self.segment_lengths), tuple(self.dilation_rates))
+
+    def prepare(self, seq_len: int | tuple[int, int], is_causal: bool = False) -> BlockLayout:
+        """Builds and caches layout and plan ahead of the first call, outside any compiled graph.
+
+        Args:
+            seq_len: Tokens, or a (query, key) pair.
+            is_causal: As in `forward`.
+
+        Returns:
+            The layout. Head count matters only where heads differ: give `num_heads` to the constructor there.
+        """
+        layout = self.layout(seq_len, is_causal)
+        self._plan(layout, self._anchor.device)
+        return layout
+
+    def get_pattern_stats(self, seq_len: int | None = None) -> dict[str, Any]:
+        """Figures of the layout in use.
+
+        Args:
+            seq_len: Tokens; `None` takes the length and causality of the last call (8,192 tokens before the first).
+
+        Returns:
+            A dict with `density` (active / allowed blocks), `sparsity` (1 − density), `requested_density`, `seq_len`,
+            `is_causal`, `pattern`, `block_size` and what `BlockLayout.stats()` tells.
+        """
+        length, causal = self._last_call or (_DEFAULT_SEQ_LEN, False)
+        length = length if seq_len is None else check_int("seq_len", seq_len)
+        layout = self.layout(length, causal)
+        return {
+            **layout.stats(),
+            "density": layout.density,
+            "sparsity": 1 - layout.density,
+            "requested_density": self.sparse_config.density,
+            "seq_len": length,
+            "is_causal": causal,
+            "pattern": str(self.sparse_config.pattern_type),
+            "block_size": layout.block_size,
+        }
+
+    def clear_caches(self) -> None:
+        """Forgets cached layouts and plans (a subclass whose pattern depends on its own state calls this on change)."""
+        self._forget()
+
+    # -- the call ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool = False,
+        *,
+        key_padding_mask: Tensor | None = None,
+        segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        attn_bias: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Exact softmax attention over the active blocks.
+
+        Args:
+            q: `[batch, seq, heads, head_dim]`.
+            k: `[batch, keys, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
+            v: `[batch, keys, kv_heads, value_dim]`.
+            is_causal: Whether a query sees only keys up to its own position; the last query is aligned with the last
+                key.
+            key_padding_mask: `bool[batch, keys]`, True = a real token.
+            segment_ids: `int[batch, seq]`, or a (query, key) pair: only tokens of equal id see each other.
+            attn_bias: Bool (True = attend) or float, broadcastable to `[batch, heads, seq, keys]`; read only in active
+                blocks.
+            return_lse: Also return the log-sum-exp of the scores, fp32 `[batch, heads, seq]`.
+
+        Returns:
+            `[batch, seq, heads, value_dim]` in the input's dtype, or a pair with the log-sum-exp.
+
+        Raises:
+            TypeError: An input is not a floating tensor of the module's dtype.
+            ValueError: Shapes, devices or head counts do not fit.
+        """
+        self._check_inputs(q, k, v)
+        self._last_call = (q.shape[1], bool(is_causal))
+        layout = self._layout_or_plan(q, k, bool(is_causal))
+        dtype = q.dtype
+        if self.mixed_precision:
+            q, k, v = (x.to(_half_dtype(x.device)) for x in (q, k, v))
+        result = block_sparse_attention(
+            q,
+            k,
+            v,
+            layout,
+            key_padding_mask=key_padding_mask,
+            segment_ids=segment_ids,
+            attn_bias=attn_bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            return_lse=return_lse,
+            order=self.order,
+            deterministic=self.deterministic,
+            backend=self.backend,
+        )
+        if not self.mixed_precision:
+            return result
+        return (result[0].to(dtype), result[1]) if return_lse else result.to(dtype)
+
+    def _layout_or_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> Any:
+        return self.layout((q.shape[1], k.shape[1]), is_causal, q.shape[2])
+
+    def _plan(self, layout: BlockLayout, device: torch.device) -> Any:
+        return LayoutPlan.build(layout, None, device, order=self.order)
+
+    def _check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}: expected a tensor [batch, seq, heads, head_dim], got {type(x).__name__}")
+            if x.ndim != 4:
+                raise ValueError(f"{name}: expected [batch, seq, heads, head_dim], got shape {list(x.shape)}")
+            if self._device_given and x.device != self._anchor.device:
+                raise ValueError(f"{name}: expected device {self._anchor.device}, the module's, got {x.device}")
+            if self._dtype_given and x.dtype != self._anchor.dtype:
+                raise TypeError(f"{name}: expected dtype {self._anchor.dtype}, the module's, got {x.dtype}")
+        if self.num_heads is not None and q.shape[2] != self.num_heads:
+            raise ValueError(f"q: expected {self.num_heads} heads, the module's num_heads, got {q.shape[2]}")
+
+    # -- nn.Module's own business ------------------------------------------------------------------------------------
+
+    def extra_repr(self) -> str:
+        """Pattern, density and block size."""
+        config = self.sparse_config
+        density = "from geometry" if config.density is None else f"{config.density:g}"
+        parts = [f"pattern={config._pattern_name()}", f"density={density}", f"block_size={config.block_size}"]
+        if self.segment_lengths is not None:
+            parts.append(f"segment_lengths={self.segment_lengths}, dilation_rates={self.dilation_rates}")
+        return ", ".join(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        for name in ("_lock", "_layouts"):  # rebuilt on demand; a lock cannot be copied
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._layouts: OrderedDict[tuple[Any, ...], BlockLayout] = OrderedDict()
+
+
+class BlockSparseRingDilatedAttention(BlockSparseAttention):
+    """Attention with a fixed pattern: the base module. It never communicates; the name is kept for compatibility.
+
+    A subclass may override `_get_sparse_block_indices` to choose the blocks itself; the pairs it returns are checked,
+    and then pattern and density of the config play no part. A pattern object in `SparsePatternConfig.pattern_type`
+    is the way that also meets densities.
+    """
+
+    def _get_sparse_block_indices(self, num_blocks: int, num_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The active (query block, key block) pairs of all heads, in any order.
+
+        Args:
+            num_blocks: Blocks of the sequence.
+            num_heads: Query heads.
+            device: Where the returned tensors live.
+
+        Returns:
+            Row and column indices, each `int64[n]`.
+        """
+        size = self._square_block_size()
+        layout = self._pattern_layout((num_blocks * size, num_blocks * size), False, num_heads)
+        _, rows, columns = (torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in layout.to_coo())
+        pairs = torch.unique(torch.stack((rows, columns), dim=1), dim=0)
+        return pairs[:, 0], pairs[:, 1]
+
+    def _make_layout(self, seq_len: tuple[int, int], is_causal: bool, num_heads: int) -> BlockLayout:
+        own = BlockSparseRingDilatedAttention._get_sparse_block_indices
+        if type(self)._get_sparse_block_indices is own:
+            return self._pattern_layout(seq_len, is_causal, num_heads)
+        size = self._square_block_size()
+        if seq_len[0] != seq_len[1]:
+            raise ValueError(
+                f"_get_sparse_block_indices: describes one sequence, so it cannot serve {seq_len[0]} queries over "
+                f"{seq_len[1]} keys unless is_causal=True aligns them with the last keys"
+            )
+        blocks = -(-seq_len[0] // size)
+        pairs = self._get_sparse_block_indices(blocks, num_heads, torch.device("cpu"))
+        rows, columns = _check_pairs(pairs, blocks)
+        return BlockLayout.from_coo(0, rows, columns, block_size=size, seq_len=seq_len, causal=is_causal)
+
+    def _pattern_layout(self, seq_len: tuple[int, int], is_causal: bool, num_heads: int) -> BlockLayout:
+        config = self.sparse_config
+        return config.pattern().layout(
+            seq_len,
+            block_size=config.block_size,
+            heads=num_heads,
+            causal=is_causal,
+            density=config.density,
+            candidates=self._candidates(),
+        )
+
+    def _square_block_size(self) -> int:
+        size = self.sparse_config.block_size
+        if isinstance(size, int):
+            return size
+        if size[0] != size[1]:
+            raise ValueError(
+                f"block_size: _get_sparse_block_indices speaks of blocks of one size, got (query, key) = {size}"
+            )
+        return size[0]
+
+
+def _check_segments(
+    lengths: Sequence[int] | None, rates: Sequence[int] | None
+) -> tuple[list[int] | None, list[int] | None]:
+    if lengths is None and rates is None:
+        return None, None
+    if lengths is None:
+        raise ValueError(
+            f"dilation_rates: expected segment_lengths with it, got {rates!r} alone; "
+            "the rates of the pattern itself go into sparse_config"
+        )
+    checked = check_int_list("segment_lengths", lengths)
+    if rates is None:
+        raise ValueError(f"segment_lengths: expected dilation_rates with it, got {lengths!r} alone")
+    checked_rates = check_int_list("dilation_rates", rates)
+    if len(checked) != len(checked_rates):
+        raise ValueError(
+            f"dilation_rates: expected one rate per segment length, got {len(checked_rates)} rates for "
+            f"{len(checked)} lengths"
+        )
+    return checked, checked_rates
+
+
+def _check_pairs(pairs: Any, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Validates what an override of `_get_sparse_block_indices` returned."""
+    where = "_get_sparse_block_indices"
+    if not isinstance(pairs, tuple | list) or len(pairs) != 2:
+        raise TypeError(f"{where}: expected a pair (rows, columns), got {type(pairs).__name__}")
+    arrays = []
+    for name, value in zip(("rows", "columns"), pairs, strict=True):
+        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise TypeError(f"{where}: expected {name} as int[n], got {array.dtype} of shape {list(array.shape)}")
+        array = array.astype(np.int64)
+        if array.size and not (array.min() >= 0 and array.max() < blocks):
+            worst = array.min() if array.min() < 0 else array.max()
+            raise ValueError(f"{where}: expected {name} in [0, {blocks}), got {worst}")
+        arrays.append(array)
+    if len(arrays[0]) != len(arrays[1]):
+        raise ValueError(f"{where}: expected equally many rows and columns, got {len(arrays[0])} and {len(arrays[1])}")
+    return arrays[0], arrays[1]
+
+
+def _share_equal_heads(layout: BlockLayout) -> BlockLayout:
+    """One shared head where all heads are equal: a smaller plan for the same function."""
+    heads = layout.heads
+    if heads == 1:
+        return layout
+    starts = layout.indptr - layout.indptr[:, :1]
+    per_head = layout.nnz // heads
+    if per_head * heads != layout.nnz or (starts != starts[0]).any():
+        return layout
+    indices = layout.indices.reshape(heads, per_head)
+    if (indices != indices[0]).any():
+        return layout
+    return BlockLayout(layout.block_size, layout.seq_len, starts[:1], indices[0], layout.causal)
+
+
+def _half_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16

@@ -1,0 +1,155 @@
+"""One call of `bsattn train` or `bsattn generate`, from arguments to the last line printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bs_patterns import BlockLayout
+
+from .checkpoint import load_checkpoint
+from .compare import compare_dense, train_once
+from .data import Corpus, load_corpus
+from .errors import InputError, Interruption
+from .generate import generate, stream_text
+from .measure import validated_text, validation_windows
+from .pictures import draw_layout, draw_loss
+from .report import TerminalProgress, compare_table, progress_bar, result_table, verdicts
+from .run import Run, locked, new_folder
+from .settings import DEFAULT_MINUTES, Settings, settings_from
+from .signals import StopSignals
+from .train import Interrupted, build_model, keep_freed_memory, resolve, steps_within
+from .yardsticks import yardsticks
+
+
+def train_session(folder: Path, given: dict[str, Any], *, resume: bool, compare: bool, begun: float) -> None:
+    """Starts or continues a run, trains, and reports.
+
+    Args:
+        folder: Of the run.
+        given: Settings named by the user.
+        resume: Whether the run must exist (and be continued) or must not.
+        compare: Whether to train the dense controls too.
+        begun: `time.perf_counter()` when the process began.
+
+    Raises:
+        InputError, RunError, Interruption: See `errors`.
+    """
+    console = Console(highlight=False)
+    keep_freed_memory()
+    with StopSignals() as stop:
+        if resume:
+            run = Run.open(folder)
+            corpus = load_corpus(run.settings.data, run.settings.context)
+            run.check_same(given, {"text": corpus.digest})
+            resolve(run.settings)
+            _check_comparable(run.settings, compare)
+            with locked(folder):
+                _train_and_report(run, corpus, console, stop, compare)
+            return
+        settings = settings_from(given, "settings")
+        _check_comparable(settings, compare)
+        corpus = load_corpus(settings.data, settings.context)
+        settings = resolve(settings)
+        new_folder(folder)
+        with locked(folder):
+            settings = _with_steps(settings, corpus, begun)
+            _stop_early(stop)
+            facts = {"text": corpus.digest, "source": corpus.description, "torch": torch.__version__}
+            _train_and_report(Run.create(folder, settings, facts), corpus, console, stop, compare)
+
+
+def generate_session(
+    folder: Path, prompt: bytes, tokens: int, *, temperature: float, top_k: int | None, seed: int, device: str
+) -> Iterator[str]:
+    """Yields the prompt and what follows it, as text.
+
+    Raises:
+        InputError: No run, no checkpoint, or a corrupt one.
+    """
+    run = Run.open(folder)
+    if not run.started:
+        raise InputError(f"run: {folder} has no checkpoint yet")
+    settings = resolve(dataclasses.replace(run.settings, device=device))
+    model = build_model(settings).to(settings.device)
+    state = load_checkpoint(run.checkpoint).tensors
+    try:
+        model.load_state_dict({n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")})
+    except RuntimeError as error:
+        raise InputError(f"checkpoint: {run.checkpoint} does not fit the model of config.toml: {error}") from None
+    made = generate(model, trained_layout(settings), prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
+    yield prompt.decode("utf-8", errors="replace")
+    yield from stream_text(made)
+
+
+def trained_layout(settings: Settings) -> BlockLayout:
+    """The causal layout of a run's context; of a dense run, every allowed block."""
+    config = settings.sparse_config()
+    density = 1.0 if settings.attention == "dense" else config.density
+    return config.pattern().layout(settings.context, block_size=config.block_size, causal=True, density=density)
+
+
+def _train_and_report(run: Run, corpus: Corpus, console: Console, stop: StopSignals, compare: bool) -> None:
+    settings = run.settings
+    console.print(f"[bold]{run.path}[/bold]: {corpus.description}", soft_wrap=True)
+    console.print(
+        f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} to validate on; {settings.steps:,} "
+        f"steps of {settings.batch} × {settings.context:,} tokens in {settings.dtype} on {settings.device}",
+        soft_wrap=True,
+    )
+    try:
+        with progress_bar(console) as bar:
+
+            def watch(name: str, steps: int) -> TerminalProgress:
+                return TerminalProgress(bar, name, steps)
+
+            assert settings.steps is not None
+            result = train_once(run, corpus, watch("training", settings.steps), stop)
+        windows = validation_windows(corpus.validation, settings.context, settings.validation_bytes)
+        marks = yardsticks(corpus.train, validated_text(windows))
+        run.write_json("yardsticks.json", marks)
+        draw_loss(run.path / "loss.png", run.metrics(), marks, result["validation"]["bits_per_byte"])
+        draw_layout(run.path / "layout.png", trained_layout(settings))
+        console.print(result_table(settings, result, marks))
+        if compare:
+            with progress_bar(console) as bar:
+                controls = compare_dense(run, result["seconds"], corpus, watch, stop)
+            results = {"block-sparse": result, **controls}
+            run.write_json("compare.json", results)
+            console.print(compare_table(results))
+            for line in verdicts(results):
+                console.print(line, soft_wrap=True)
+    except Interrupted as error:
+        raise _stopped(run.path, error.step, stop.received) from None
+    console.print(f"continue a prompt with: bsattn generate {run.path} --prompt 'def '", soft_wrap=True)
+
+
+def _with_steps(settings: Settings, corpus: Corpus, begun: float) -> Settings:
+    """Turns minutes into steps where steps were not given."""
+    if settings.steps is not None:
+        return settings
+    minutes = settings.minutes or DEFAULT_MINUTES
+    seconds = minutes * 60 - (time.perf_counter() - begun)
+    steps = steps_within(settings, corpus, seconds, validation=True)
+    return dataclasses.replace(settings, minutes=minutes, steps=steps)
+
+
+def _check_comparable(settings: Settings, compare: bool) -> None:
+    if compare and settings.attention == "dense":
+        raise InputError("compare: the run is dense itself; there is nothing to compare it with")
+
+
+def _stop_early(stop: StopSignals) -> None:
+    if stop():
+        raise Interruption("stopped before the first step; nothing to save", 128 + (stop.received or 0))
+
+
+def _stopped(folder: Path, step: int, number: int | None) -> Interruption:
+    how = f"bsattn train --runs {folder.parent} --name {folder.name} --resume"
+    return Interruption(f"stopped at step {step:,}; saved; continue with: {how}", 128 + (number or 2))

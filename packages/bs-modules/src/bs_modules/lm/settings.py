@@ -1,0 +1,190 @@
+"""Everything a training run is determined by, as one flat validated record that TOML can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import PATTERN_TYPES, SparsePatternConfig, check_density, suggest
+from .errors import InputError
+from .model import ModelConfig
+
+DEFAULT_MINUTES = 2.5
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One training run.
+
+    Attributes:
+        data: Files, folders and globs; empty: the standard library's source.
+        context: Tokens per sequence.
+        batch: Sequences per step.
+        steps: Optimizer steps; `None` until `minutes` was turned into steps.
+        minutes: Wall-clock budget of the whole run (start to final table), from which `steps` is derived once.
+        seed: Of weights and batches.
+        attention: `"sparse"`, or torch's dense attention (`"dense"`) for comparison.
+        pattern: A `SparsePatternConfig.pattern_type`.
+        density: Active / allowed blocks, in (0, 1]; `None` with a `window_size`: the geometry decides.
+        block_size: Tokens per block.
+        window_size, global_tokens, dilation_rates: Geometry, as in `SparsePatternConfig`.
+        width, layers, head_dim, feed_forward: Sizes of the model.
+        matrix_lr, embedding_lr, gain_lr: Peak learning rates.
+        warmup: Steps over which learning rates rise.
+        cooldown: Share of the steps, at the end, over which they fall to zero.
+        device, dtype: `"auto"`, or what torch calls them.
+        threads: CPU threads; recorded, because the bits depend on it. `None`: torch's choice.
+        save_seconds: Seconds between checkpoints.
+        validation_bytes: At most so many bytes are validated on, evenly spread.
+    """
+
+    data: tuple[str, ...] = ()
+    context: int = 8192
+    batch: int = 1
+    steps: int | None = None
+    minutes: float | None = None
+    seed: int = 0
+    attention: str = "sparse"
+    pattern: str = "dilated_sparse"
+    density: float | None = None
+    block_size: int = 64
+    window_size: int | None = None
+    global_tokens: int | None = None
+    dilation_rates: tuple[int, ...] | None = None
+    width: int = 192
+    layers: int = 4
+    head_dim: int = 64
+    feed_forward: int | None = None
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.01
+    gain_lr: float = 0.005
+    warmup: int = 10
+    cooldown: float = 0.6
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    save_seconds: float = 20.0
+    validation_bytes: int = 2**20
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _coerce(field.name, getattr(self, field.name)))
+        for name in ("context", "batch", "block_size", "width", "layers", "head_dim", "warmup", "validation_bytes"):
+            _require(name, getattr(self, name), "an integer ≥ 1", getattr(self, name) >= 1)
+        for name in ("steps", "threads", "feed_forward", "window_size", "global_tokens"):
+            value = getattr(self, name)
+            _require(name, value, "an integer ≥ 1", value is None or value >= 1)
+        for name in ("matrix_lr", "embedding_lr", "gain_lr", "save_seconds"):
+            value = getattr(self, name)
+            _require(name, value, "a number ≥ 0", math.isfinite(value) and value >= 0)
+        _require("seed", self.seed, "an integer in [0, 2^63)", 0 <= self.seed < 2**63)
+        _require("cooldown", self.cooldown, "a number in [0, 1]", 0 <= self.cooldown <= 1)
+        _require("minutes", self.minutes, "a number > 0", self.minutes is None or 0 < self.minutes < math.inf)
+        _require("dtype", self.dtype, f"auto, {', '.join(DTYPES)}", self.dtype in ("auto", *DTYPES))
+        _require("attention", self.attention, "sparse or dense", self.attention in ("sparse", "dense"))
+        if self.pattern not in PATTERN_TYPES:
+            near = suggest(self.pattern, list(PATTERN_TYPES))
+            raise InputError(f"pattern: expected one of {', '.join(PATTERN_TYPES)}, got {self.pattern!r}{near}")
+        try:
+            check_density("density", self.density)
+            self.sparse_config()
+            self.model_config()
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from None
+
+    def sparse_config(self) -> SparsePatternConfig:
+        """The attention's own configuration (`sparsity_ratio` is the density)."""
+        geometry = {"window_size": self.window_size, "dilation_rates": self.dilation_rates}
+        if self.global_tokens is not None:
+            geometry["global_tokens"] = self.global_tokens
+        return SparsePatternConfig(
+            pattern_type=self.pattern, sparsity_ratio=self.density, block_size=self.block_size, **geometry
+        )
+
+    def model_config(self) -> ModelConfig:
+        """The model's sizes."""
+        return ModelConfig(self.width, self.layers, self.head_dim, self.feed_forward)
+
+    def learning_rate(self, step: int) -> float:
+        """Share of the peak learning rates at a step: a linear rise, a plateau, a linear fall to zero."""
+        assert self.steps is not None
+        rise = min(1.0, (step + 1) / self.warmup)
+        fall = (1 - (step + 0.5) / self.steps) / self.cooldown if self.cooldown else 1.0
+        return rise * min(1.0, fall)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that TOML can hold; `None` is left out."""
+        values = dataclasses.asdict(self)
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items() if v is not None}
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+def settings_from(values: Mapping[str, Any], where: str) -> Settings:
+    """Builds settings from plain values.
+
+    Args:
+        values: By field name.
+        where: Named in errors: the file the values come from.
+
+    Raises:
+        InputError: An unknown name (the nearest is suggested) or a bad value.
+    """
+    for name in values:
+        if name not in NAMES:
+            raise InputError(
+                f"{where}: unknown setting {name!r}{suggest(name, list(NAMES))}; known: {', '.join(NAMES)}"
+            )
+    return Settings(**values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file.
+
+    Raises:
+        InputError: It is missing, unreadable or not TOML.
+    """
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config: cannot read {path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"config: {path} is not valid TOML: {error}") from None
+
+
+def _require(name: str, value: Any, expected: str, holds: bool) -> None:
+    if not holds:
+        raise InputError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """Checks a value against the field's annotation; integers become floats, lists become tuples."""
+    annotation = _HINTS[name]
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if option in (int, str) and isinstance(value, option) and not isinstance(value, bool):
+            return value
+        if typing.get_origin(option) is tuple:
+            item = typing.get_args(option)[0]
+            if isinstance(value, list | tuple) and all(isinstance(x, item) and not isinstance(x, bool) for x in value):
+                return tuple(value)
+    wanted = " or ".join(
+        "a list" if typing.get_origin(o) is tuple else o.__name__ for o in options if o is not type(None)
+    )
+    raise InputError(f"{name}: expected {wanted}, got {value!r}")
+
+
+_HINTS = typing.get_type_hints(Settings)

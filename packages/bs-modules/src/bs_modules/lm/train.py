@@ -1,0 +1,342 @@
+"""The training loop: from settings to a finished run, resumable at any step bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..factory import create_block_sparse_attention
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data import Corpus, batch_at
+from .errors import InputError, RunError
+from .measure import (
+    Validation,
+    attention_share,
+    peak_memory,
+    reset_peak_memory,
+    validate,
+    validation_windows,
+)
+from .model import ByteModel, DenseAttention
+from .optimizer import Muon
+from .run import Run
+from .settings import Settings
+
+_WARM_STEPS, _TIMED_STEPS = 2, 5
+# Small validations on the way, and windows in each.
+_PROBES, _PROBE_WINDOWS = 8, 4
+# What follows training and is not validation: yardsticks, pictures, the last checkpoint.
+_RESERVED_SECONDS = 6.0
+
+
+class Progress(Protocol):
+    """What the loop tells its watcher."""
+
+    def step(self, step: int, steps: int, bits_per_byte: float, tokens_per_second: float) -> None:
+        """After every step."""
+
+
+@dataclasses.dataclass
+class Result:
+    """What a finished run measured."""
+
+    validation: Validation
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory: int
+    attention_share: float
+    parameters: int
+    density_requested: float | None
+    density_met: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and saved at `step`."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+class Trainer:
+    """Model, optimizer and position of one run.
+
+    Args:
+        settings: With device, dtype and threads resolved.
+        corpus: The text.
+    """
+
+    def __init__(self, settings: Settings, corpus: Corpus) -> None:
+        self.settings, self.corpus = settings, corpus
+        self.device = torch.device(settings.device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts from step 0 with the weights of the seed."""
+        settings = self.settings
+        self.step = 0
+        self.seconds = 0.0
+        self.model = build_model(settings).to(self.device)
+        half = settings.dtype == "bfloat16"
+        self.optimizer = Muon(
+            *self.model.parameter_groups(),
+            matrix_lr=settings.matrix_lr,
+            embedding_lr=settings.embedding_lr,
+            gain_lr=settings.gain_lr,
+            iteration_dtype=torch.bfloat16 if half else torch.float32,
+        )
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of a step, each `uint8[batch, context]`: a function of (seed, step) alone."""
+        settings = self.settings
+        array = batch_at(self.corpus.train, settings.context, settings.batch, settings.seed, step)
+        both = torch.from_numpy(array).to(self.device)
+        return both[:, :-1], both[:, 1:]
+
+    def train_step(self, rate: float) -> float:
+        """Takes one step and returns its loss in bits per byte.
+
+        Raises:
+            RunError: The loss is not finite; nothing was updated.
+        """
+        loss = self.model.loss(*self.batch(self.step))
+        loss.backward()
+        bits = loss.item() / math.log(2)
+        if not math.isfinite(bits):
+            raise RunError(f"the loss is {bits} at step {self.step}")
+        self.optimizer.step(rate)
+        self.optimizer.zero_grad()
+        self.step += 1
+        return bits
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            RunError: A weight is not finite (the checkpoint before stays), or the disk refuses.
+        """
+        model = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, tensor in model.items():
+            if not torch.isfinite(tensor).all():
+                raise RunError(f"{name} holds NaN or infinity after step {self.step}")
+        optimizer = {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state_tensors().items()}
+        tensors = {**model, **optimizer, "random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        try:
+            save_checkpoint(folder, self.step, tensors, {"seconds": self.seconds})
+        except OSError as error:
+            raise RunError(f"cannot write the checkpoint: {error.strerror or error}") from None
+
+    def load(self, folder: Path) -> None:
+        """Restores a checkpoint.
+
+        Raises:
+            InputError: It is corrupt, or was made by a model of another shape.
+        """
+        found = load_checkpoint(folder)
+        state = {n.removeprefix("model."): t for n, t in found.tensors.items() if n.startswith("model.")}
+        optimizer = {n.removeprefix("optimizer."): t for n, t in found.tensors.items() if n.startswith("optimizer.")}
+        try:
+            self.model.load_state_dict(state)
+            self.optimizer.load_state_tensors(optimizer, found.values["step"])
+        except (RuntimeError, KeyError) as error:
+            raise InputError(f"checkpoint: {folder} does not fit the model of config.toml: {error}") from None
+        torch.set_rng_state(found.tensors["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in found.tensors:
+            torch.cuda.set_rng_state(found.tensors["random.cuda"], self.device)
+        self.step, self.seconds = found.values["step"], found.values["seconds"]
+
+    def windows(self) -> list[Any]:
+        """The validation windows of this run."""
+        settings = self.settings
+        return validation_windows(self.corpus.validation, settings.context, settings.validation_bytes)
+
+
+def build_model(settings: Settings) -> ByteModel:
+    """The model of a run, freshly initialised; its attention comes from the public factory."""
+
+    def attention(layer: int) -> nn.Module:
+        if settings.attention == "dense":
+            return DenseAttention()
+        return create_block_sparse_attention("base", sparse_config=shared, num_heads=config.heads)
+
+    config, shared = settings.model_config(), settings.sparse_config()
+    return ByteModel(config, attention, compute_dtype=getattr(torch, settings.dtype), seed=settings.seed)
+
+
+def train(
+    run: Run,
+    corpus: Corpus,
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    windows: list[Any] | None = None,
+    visible: int | None = None,
+) -> Result:
+    """Trains to the last step of the run's settings, from its checkpoint if it has one.
+
+    Args:
+        run: Its `settings.steps` is known.
+        corpus: The text the run was started on.
+        progress: Is told of every step.
+        stop: Asked after every step; when it says yes, the run is saved and left.
+        windows: What to validate on; `None`: windows of the run's own context.
+        visible: Let validation see at most so many bytes; see `validate`.
+
+    Raises:
+        Interrupted: `stop` said yes.
+        RunError: The loss or a weight is not finite, or the disk refuses. The last good checkpoint is kept.
+    """
+    settings = run.settings
+    assert settings.steps is not None
+    trainer = Trainer(settings, corpus)
+    if run.started:
+        trainer.load(run.checkpoint)
+    run.rewind_metrics(trainer.step)
+    reset_peak_memory(trainer.device)
+    windows = windows or trainer.windows()
+    probe = windows[:: max(len(windows) // _PROBE_WINDOWS, 1)][:_PROBE_WINDOWS]
+    tokens_per_step = settings.batch * settings.context
+    saved = time.perf_counter()
+    try:
+        while trainer.step < settings.steps:
+            step, start = trainer.step, time.perf_counter()
+            rate = settings.learning_rate(step)
+            bits = trainer.train_step(rate)
+            seconds = time.perf_counter() - start
+            trainer.seconds += seconds
+            record = {"step": step, "bits_per_byte": bits, "rate": rate, "seconds": trainer.seconds}
+            if trainer.step % max(settings.steps // _PROBES, 1) == 0 and trainer.step < settings.steps:
+                record["validation"] = validate(trainer.model, probe, trainer.device, visible).bits_per_byte
+            run.log(record)
+            progress.step(trainer.step, settings.steps, bits, tokens_per_step * trainer.step / trainer.seconds)
+            if stop():
+                trainer.save(run.checkpoint)
+                raise Interrupted(trainer.step)
+            if time.perf_counter() - saved > settings.save_seconds:
+                trainer.save(run.checkpoint)
+                saved = time.perf_counter()
+        trainer.save(run.checkpoint)
+    except RunError as error:
+        kept = f"the checkpoint of step {_saved_step(run)} is kept" if run.started else "nothing was saved yet"
+        raise RunError(f"{error}; {kept}") from None
+    finally:
+        run.close()
+    peak = peak_memory(trainer.device)
+    share = attention_share(trainer.model, *trainer.batch(0))
+    density = density_met(trainer.model, settings)
+    return Result(
+        validation=validate(trainer.model, windows, trainer.device, visible),
+        steps=settings.steps,
+        tokens=settings.steps * tokens_per_step,
+        seconds=trainer.seconds,
+        tokens_per_second=settings.steps * tokens_per_step / trainer.seconds,
+        peak_memory=peak,
+        attention_share=share,
+        parameters=sum(p.numel() for p in trainer.model.parameters()),
+        density_requested=1.0 if settings.attention == "dense" else settings.sparse_config().density,
+        density_met=density,
+    )
+
+
+def density_met(model: ByteModel, settings: Settings) -> float:
+    """Active / allowed blocks of the layout the model trains on."""
+    if settings.attention == "dense":
+        return 1.0
+    layout = getattr(model.blocks[0].attention, "layout")  # noqa: B009
+    return layout(settings.context, is_causal=True).density
+
+
+def steps_within(settings: Settings, corpus: Corpus, seconds: float, *, validation: bool = False) -> int:
+    """How many steps fit into some seconds, from a few timed ones whose effect is thrown away.
+
+    Args:
+        settings: Resolved but for `steps`.
+        corpus: The text.
+        seconds: Of training.
+        validation: Whether the seconds, counted from now, are to hold validation, the probes that follow training and
+            this very measurement too.
+    """
+    begun = time.perf_counter()
+    trainer = Trainer(settings, corpus)
+    times = []
+    for _ in range(_WARM_STEPS + _TIMED_STEPS):
+        start = time.perf_counter()
+        trainer.train_step(0.0)
+        times.append(time.perf_counter() - start)
+    per_step = sorted(times[_WARM_STEPS:])[_TIMED_STEPS // 2]
+    if validation:
+        windows = trainer.windows()
+        start = time.perf_counter()
+        validate(trainer.model, windows[:1], trainer.device)
+        scored = len(windows) + _PROBES * _PROBE_WINDOWS
+        seconds -= (time.perf_counter() - start) * scored + 4 * per_step + _RESERVED_SECONDS
+        seconds -= time.perf_counter() - begun
+    return max(int(seconds / per_step), 1)
+
+
+def resolve(settings: Settings) -> Settings:
+    """Turns `"auto"` and `None` into what this machine does best.
+
+    Raises:
+        InputError: The device does not exist or cannot do the dtype.
+    """
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu or cuda, got {settings.device!r}")
+    threads = settings.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    dtype = fast_dtype(torch.device(device)) if settings.dtype == "auto" else settings.dtype
+    return dataclasses.replace(settings, device=device, dtype=dtype, threads=threads)
+
+
+def fast_dtype(device: torch.device) -> str:
+    """bf16 where its matrix products are clearly faster than fp32's, measured; else fp32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 512, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
+        best[dtype] = min(times)
+    return "bfloat16" if best[torch.bfloat16] < best[torch.float32] / 1.3 else "float32"
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory for the next step: returning and refaulting it costs a tenth of a step."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(AttributeError, OSError):
+            libc = ctypes.CDLL(None)
+            for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+                libc.mallopt(option, 2**31 - 1)
+
+
+def _saved_step(run: Run) -> int:
+    return load_checkpoint(run.checkpoint).values["step"]
