@@ -2,10 +2,12 @@
 
 from .layout import BlockLayout
 from .pattern import Pattern
+from .patterns._classic import ClassicPattern
 from .patterns.butterfly import Butterfly
-from .patterns.classic import BigBird, BSLongformer, ClassicPattern, Dense, Fixed, LocalSlidingWindow, Variable
+from .patterns.classic import BigBird, BSLongformer, Dense, LocalSlidingWindow
 from .patterns.compose import Custom, Difference, Intersection, PerHead, Union
 from .patterns.dilated import DilatedSparse
+from .patterns.fixed import Fixed, Variable
 from .patterns.global_local import GlobalLocal
 from .patterns.hierarchical import Hierarchical, HierarchicalLevel
 from .patterns.local_window import LocalWindow

@@ -80,12 +80,13 @@ class Levels(Stage):
     def extend(self, space: Space, picked: Int64, count: int | None, trace: list[Int64] | None) -> Int64:
         """List levels in waves just large enough, and cut the last one."""
         sizes = np.concatenate(([0], np.cumsum(self.sizes(space))))
-        begin, last = 0, len(sizes) - 1
+        begin, last, waste = 0, len(sizes) - 1, 1
         while begin < last and (count is None or len(picked) < count):
             end = last
             if count is not None:
-                wanted = sizes[begin] + count - len(picked)
-                end = int(np.clip(np.searchsorted(sizes, wanted), begin + 1, last))
+                wave = min(waste * (count - len(picked)), count)
+                end = int(np.clip(np.searchsorted(sizes, sizes[begin] + wave), begin + 1, last))
+                waste *= 2  # what a wave fell short of, candidates or repeats took
             keys, level = self.blocks(space, begin, end)
             if space.candidates is not None:
                 admitted = space.admits(keys)

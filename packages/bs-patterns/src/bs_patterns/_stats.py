@@ -12,16 +12,7 @@ if TYPE_CHECKING:
 
 
 def layout_stats(layout: BlockLayout) -> Mapping[str, Any]:
-    """Figures of a layout, in O(rows).
-
-    Returns:
-        A dict with ``heads``, ``q_blocks``, ``kv_blocks``, ``nnz``, ``allowed`` (blocks), ``density``, ``sparsity``
-        (``1 − density``); ``blocks_per_row_min``, ``_median``, ``_max`` and ``empty_rows``; ``reach`` (tokens: the
-        greatest distance between a query and a key that an active block holds; of visible pairs, if causal);
-        ``bytes`` (of the layout itself); ``flops`` (forward FLOPs per unit of head dim: 4 per token pair of an active
-        block) and ``flops_dense`` (the same for all allowed blocks), summed over the layout's heads, and their ratio
-        ``flops_ratio``.
-    """
+    """See `BlockLayout.stats`."""
     grid = layout._grid
     heads, rows, cols = layout.shape
     per_row = np.diff(layout.indptr, axis=1)

@@ -109,7 +109,16 @@ class BlockLayout:
         return self.nnz / self.allowed
 
     def stats(self) -> Mapping[str, Any]:
-        """Figures of this layout; see `bs_patterns.layout_stats` for the keys."""
+        """Figures of this layout, in O(rows).
+
+        Returns:
+            A dict with ``heads``, ``q_blocks``, ``kv_blocks``, ``nnz``, ``allowed`` (blocks), ``density``, ``sparsity``
+            (``1 − density``); ``blocks_per_row_min``, ``_median``, ``_max`` and ``empty_rows``; ``reach`` (tokens: the
+            greatest distance of a query and a key in one active block; causal: of keys before the query); ``bytes`` (of
+            the layout itself); ``flops`` (forward FLOPs per unit of head dim: 4 per token pair of an active block),
+            ``flops_dense`` (the same for all allowed blocks), both summed over the layout's heads, and their quotient
+            ``flops_ratio``.
+        """
         from ._stats import layout_stats
 
         return layout_stats(self)

@@ -62,6 +62,10 @@ class Pattern(ABC):
         """Whether `_ranking` depends on the head."""
         return False
 
+    def _ranking_of(self, space: Space, head: int) -> Ranking:
+        """`_ranking`, that of head 0 where heads do not differ."""
+        return self._ranking(space, head if self._differs_by_head() else 0)
+
     def _make(
         self,
         seq_len: int | tuple[int, int],

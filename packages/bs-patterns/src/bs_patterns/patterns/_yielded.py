@@ -22,9 +22,10 @@ def blocks_of(fn: Callable[[int, int, int], Iterable[Any]], grid: Grid, head: in
     if isinstance(items, tuple) and len(items) == 2 and all(isinstance(item, np.ndarray) for item in items):
         items = [items]
     keys = [np.empty(0, np.int64)]
+    most = 2 * (rows * cols + rows + cols) + 2**16  # repeats are fine, a generator without end is not
     for n, item in enumerate(items):
-        if n > rows * cols + rows + cols:
-            raise ValueError(f"fn: expected no more items than blocks and diagonals, got more than {n} items")
+        if n >= most:
+            raise ValueError(f"fn: expected a result that ends, got more than {most} items for {rows} × {cols} blocks")
         keys.append(_keys_of(item, n, grid))
     merged = np.concatenate(keys)
     return merged[np.sort(np.unique(merged, return_index=True)[1])]

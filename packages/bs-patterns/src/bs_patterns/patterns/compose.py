@@ -53,7 +53,7 @@ class PerHead(Pattern):
         return True
 
     def _ranking(self, space: Space, head: int) -> Ranking:
-        return self.patterns[head]._ranking(space, head)
+        return self.patterns[head]._ranking_of(space, head)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Union(_Combination):
     """
 
     def _ranking(self, space: Space, head: int) -> Ranking:
-        members = tuple(pattern._ranking(space, head) for pattern in self.patterns)
+        members = tuple(pattern._ranking_of(space, head) for pattern in self.patterns)
         unbounded = next((member.unbounded for member in members if member.unbounded), None)
         closed = all(member.closed for member in members)
         return Ranking(space, (_Interleaved(members),), closed, unbounded)
@@ -97,7 +97,7 @@ class Intersection(_Combination):
     """
 
     def _ranking(self, space: Space, head: int) -> Ranking:
-        first, *others = (pattern._ranking(space, head) for pattern in self.patterns)
+        first, *others = (pattern._ranking_of(space, head) for pattern in self.patterns)
         keys = first.geometry_in_order()
         for other in others:
             keys = keys[np.isin(keys, other.geometry(), assume_unique=True)]
@@ -114,7 +114,7 @@ class Difference(_Combination):
     """
 
     def _ranking(self, space: Space, head: int) -> Ranking:
-        first, *others = (pattern._ranking(space, head) for pattern in self.patterns)
+        first, *others = (pattern._ranking_of(space, head) for pattern in self.patterns)
         keys = first.geometry_in_order()
         for other in others:
             keys = keys[np.isin(keys, other.geometry(), assume_unique=True, invert=True)]

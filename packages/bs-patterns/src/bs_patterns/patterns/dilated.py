@@ -42,12 +42,12 @@ class DilatedSparse(Pattern):
 
     def _ranking(self, space: Space, head: int) -> Ranking:
         farthest = max(space.grid.shape[1], 1)
-        rates = np.array(sorted(set(self.dilation_rates), key=self.dilation_rates.index), np.int64)
-        rates = np.minimum(rates, farthest + 1)
+        shift = head if self.head_offsets else 0
+        beyond = farthest + shift + 1  # any rate this large leaves the main diagonal alone
+        rates = np.array([min(rate, beyond) for rate in dict.fromkeys(self.dilation_rates)], np.int64)
         multiples = [np.arange(1, farthest // rate + 2, dtype=np.int64) for rate in rates.tolist()]
         m = np.concatenate(multiples)
         rate_index = np.repeat(np.arange(len(rates)), [len(item) for item in multiples])
-        shift = head if self.head_offsets else 0
         distances = (m * rates[rate_index] - shift % rates[rate_index])[np.lexsort((rate_index, m))]
         unbounded = None
         if 1 in self.dilation_rates and space.candidates is None:
