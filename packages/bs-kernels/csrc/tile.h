@@ -25,6 +25,13 @@ enum class Into {
 #define BSA_INLINE inline
 #endif
 
+// Rows of bf16 pairs may start at any even address.
+BSA_INLINE float operand(const char* p) {
+  float x;
+  __builtin_memcpy(&x, p, 4);
+  return x;
+}
+
 template <class V, int R, int MV, Walk walk, Into into>
 BSA_INLINE void register_tile(long depth, const char* a, long stride, const float* b, long ldb, float* c, long ldc, float factor,
                               float* peak) {
@@ -38,11 +45,10 @@ BSA_INLINE void register_tile(long depth, const char* a, long stride, const floa
     for (long k = 0; k < depth; ++k) {
       typename V::f bk[MV];
 #pragma GCC unroll 4
-      for (int j = 0; j < MV; ++j) bk[j] = V::load(b + j * V::W);
-      const float* ak = reinterpret_cast<const float*>(a);
+      for (int j = 0; j < MV; ++j) bk[j] = V::pin(V::load(b + j * V::W));
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
-        const float x = ak[i];
+        const typename V::f x = V::spread(operand(a + 4 * i));
 #pragma GCC unroll 4
         for (int j = 0; j < MV; ++j) acc[i][j] = V::dot(acc[i][j], x, bk[j]);
       }
@@ -60,10 +66,10 @@ BSA_INLINE void register_tile(long depth, const char* a, long stride, const floa
     for (long k = 0; k < depth; ++k) {
       typename V::f bk[MV];
 #pragma GCC unroll 4
-      for (int j = 0; j < MV; ++j) bk[j] = V::load(b + j * V::W);
+      for (int j = 0; j < MV; ++j) bk[j] = V::pin(V::load(b + j * V::W));
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
-        const float x = *reinterpret_cast<const float*>(base[i / 3] + (i % 3) * stride);
+        const typename V::f x = V::spread(operand(base[i / 3] + (i % 3) * stride));
 #pragma GCC unroll 4
         for (int j = 0; j < MV; ++j) acc[i][j] = V::dot(acc[i][j], x, bk[j]);
       }
@@ -75,17 +81,19 @@ BSA_INLINE void register_tile(long depth, const char* a, long stride, const floa
 
   if constexpr (into == Into::Score) {
     const typename V::f scale = V::all(factor);
+    typename V::f top[MV];
 #pragma GCC unroll 4
-    for (int j = 0; j < MV; ++j) {
-      typename V::f top = V::load(peak + j * V::W);
+    for (int j = 0; j < MV; ++j) top[j] = V::load(peak + j * V::W);
 #pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) {
-        acc[i][j] = V::mul(acc[i][j], scale);
-        top = V::max(acc[i][j], top);
-        V::store(c + i * ldc + j * V::W, acc[i][j]);
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < MV; ++j) {
+        const typename V::f s = V::mul(acc[i][j], scale);
+        top[j] = V::max(s, top[j]);
+        V::store(c + i * ldc + j * V::W, s);
       }
-      V::store(peak + j * V::W, top);
-    }
+#pragma GCC unroll 4
+    for (int j = 0; j < MV; ++j) V::store(peak + j * V::W, top[j]);
   } else {
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)

@@ -15,7 +15,9 @@ struct Avx2 {
   static f load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, f v) { _mm256_storeu_ps(p, v); }
   static f all(float x) { return _mm256_set1_ps(x); }
-  static f dot(f acc, float a, f b) { return _mm256_fmadd_ps(_mm256_set1_ps(a), b, acc); }
+  static f pin(f x) { return x; }
+  static f spread(float a) { return _mm256_set1_ps(a); }
+  static f dot(f acc, f a, f b) { return _mm256_fmadd_ps(a, b, acc); }
   static f fma(f a, f b, f c) { return _mm256_fmadd_ps(a, b, c); }
   static f mul(f a, f b) { return _mm256_mul_ps(a, b); }
   static f add(f a, f b) { return _mm256_add_ps(a, b); }

@@ -15,7 +15,13 @@ struct Avx512 {
   static f load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, f v) { _mm512_storeu_ps(p, v); }
   static f all(float x) { return _mm512_set1_ps(x); }
-  static f dot(f acc, float a, f b) { return _mm512_fmadd_ps(_mm512_set1_ps(a), b, acc); }
+  // Keeps a value in a register: left to itself gcc spills operands of the register tile, or loads them once per multiply.
+  static f pin(f x) {
+    asm("" : "+v"(x));
+    return x;
+  }
+  static f spread(float a) { return pin(all(a)); }
+  static f dot(f acc, f a, f b) { return _mm512_fmadd_ps(a, b, acc); }
   static f fma(f a, f b, f c) { return _mm512_fmadd_ps(a, b, c); }
   static f mul(f a, f b) { return _mm512_mul_ps(a, b); }
   static f add(f a, f b) { return _mm512_add_ps(a, b); }

@@ -6,8 +6,8 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {
   static constexpr int PAIR = 2;
-  static f dot(f acc, float a, f b) {
-    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(all(a)), reinterpret_cast<__m512bh>(b));
+  static f dot(f acc, f a, f b) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
   // Lane l of the result is the pair (bf16(even[l]), bf16(odd[l])), rounded to nearest even.
   static f pair(f even, f odd) {

@@ -19,7 +19,9 @@ struct Portable {
   }
   static void store(float* p, f v) { std::memcpy(p, &v, sizeof v); }
   static f all(float x) { return f{x, x, x, x}; }
-  static f dot(f acc, float a, f b) { return acc + all(a) * b; }
+  static f pin(f x) { return x; }
+  static f spread(float a) { return all(a); }
+  static f dot(f acc, f a, f b) { return acc + a * b; }
   static f fma(f a, f b, f c) { return a * b + c; }
   static f mul(f a, f b) { return a * b; }
   static f add(f a, f b) { return a + b; }
