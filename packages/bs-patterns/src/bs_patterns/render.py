@@ -139,6 +139,8 @@ def save_image(
     try:
         partial.write_bytes(data.getvalue())
         os.replace(partial, path)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
