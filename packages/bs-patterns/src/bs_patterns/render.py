@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _check, _text
@@ -128,21 +127,23 @@ def save_image(
         TypeError: An argument has the wrong type.
         ValueError: The file name ends otherwise, or as for `render_figure`.
     """
-    path = Path(file)
-    kind = path.suffix.lower()
+    path = os.fspath(file)
+    kind = os.path.splitext(path)[1].lower()
     if kind not in (".png", ".svg"):
-        raise ValueError(f"file: expected a name that ends in .png or .svg, got {os.fspath(file)!r}")
+        raise ValueError(f"file: expected a name that ends in .png or .svg, got {path!r}")
     figure = render_figure(layout, other, **options)
     data = io.BytesIO()
     figure.savefig(data, format=kind[1:], dpi=144, metadata={"Date": None} if kind == ".svg" else None)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = f"{path}.{os.getpid()}.partial"
     try:
-        partial.write_bytes(data.getvalue())
+        with open(partial, "wb") as handle:
+            handle.write(data.getbuffer())
         os.replace(partial, path)
     except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise type(error)(error.errno, error.strerror, path) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if os.path.exists(partial):
+            os.remove(partial)
 
 
 def _summary(layout: BlockLayout, times: str) -> str:
