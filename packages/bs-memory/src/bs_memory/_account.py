@@ -1,5 +1,6 @@
 """An account: what a pool holds on one device, and how it makes room there."""
 
+import contextlib
 import threading
 
 import torch
@@ -10,7 +11,8 @@ from bs_memory._storage import Block, Bucket, drop, evictable
 class Account:
     """The buckets and bytes of one device. Only growing and shrinking come here; a lease that hits does not.
 
-    Locks are never nested: `lock` guards the numbers, each bucket's own lock its blocks.
+    `lock` guards the numbers, each bucket's own lock its blocks. Locks are taken in one order only: buckets in the
+    order of the list, then `lock`.
     """
 
     __slots__ = ("buckets", "device", "evictions", "held", "high_water", "lock", "max_bytes")
@@ -44,9 +46,17 @@ class Account:
             assert self.max_bytes is not None
             with self.lock:
                 excess = self.held + nbytes - self.max_bytes
-            if not self.evict(excess):
-                return self.book(nbytes)  # another thread may have given something up meanwhile
+            if not self.evict(excess) and self._nothing_idle():
+                return self.book(nbytes)
         return True
+
+    def _nothing_idle(self) -> bool:
+        """Whether no block can be given up at one moment: a walk alone may miss a block that moves between buckets."""
+        with contextlib.ExitStack() as stack:
+            buckets = list(self.buckets)
+            for bucket in buckets:
+                stack.enter_context(bucket.lock)
+            return not any(evictable(block) for bucket in buckets for block in bucket.free)
 
     def trim(self, target_bytes: int) -> int:
         """Evicts until at most `target_bytes` are idle; returns the bytes given up."""
@@ -69,16 +79,19 @@ class Account:
                 if block not in block.bucket.free or not evictable(block):
                     continue
                 block.bucket.free.remove(block)
+                self.settle(block, evicted=True)
             freed += block.nbytes
-            self.give_up(block, evicted=True)
+            drop(block)
         return freed
 
-    def give_up(self, block: Block, *, evicted: bool = False, wait: bool = False) -> None:
-        """Settles a block that is neither leased nor idle any more, and drops its memory."""
+    def settle(self, block: Block, *, evicted: bool = False) -> None:
+        """Stops counting a block that was just taken out of its bucket, or will not return there.
+
+        Called with the bucket's lock held, so that nobody sees the block neither idle nor leased and yet counted.
+        """
         with self.lock:
             self.held -= block.nbytes
             self.evictions += evicted
-        drop(block, wait=wait)
 
     def orphan(self) -> None:
         """In a forked child: everything here belongs to the parent."""

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import operator
 import threading
 import weakref
 from collections import deque
@@ -20,23 +19,12 @@ from bs_memory._lease import Lease
 from bs_memory._oom import is_oom_error
 from bs_memory._pressure import MemoryPressure, PressureLevel, default_pressure
 from bs_memory._readings import MemoryReading
+from bs_memory._request import Request, checked_shape
 from bs_memory._stats import PoolStats, collect
-from bs_memory._storage import OF_A_GRAPH, Block, Bucket
+from bs_memory._storage import OF_A_GRAPH, Block, Bucket, drop
 from bs_memory._streams import StreamBackend, streams_of
 
 _MAX_REQUESTS = 4096  # distinct requests remembered; shapes that never repeat must not pile up
-
-
-class _Request:
-    """A resolved (shape, dtype, device, pinned): what the hot path needs, computed once."""
-
-    __slots__ = ("bucket", "nbytes", "numel", "shape")
-
-    def __init__(self, bucket: Bucket, shape: tuple[int, ...], numel: int, nbytes: int) -> None:
-        self.bucket = bucket
-        self.shape = shape
-        self.numel = numel
-        self.nbytes = nbytes
 
 
 class BufferPool:
@@ -108,7 +96,7 @@ class BufferPool:
         self._lock = threading.Lock()  # guards the three dictionaries below, on the slow path only
         self._buckets: dict[tuple[torch.device, torch.dtype, int, bool], Bucket] = {}
         self._accounts: dict[torch.device, Account] = {}
-        self._requests: dict[Any, _Request] = {}
+        self._requests: dict[Any, Request] = {}
         # Written by Lease.__del__, from whichever thread the collector runs in; emptied by _settle_abandoned.
         self._abandoned: deque[tuple[Block, int, tuple[Any, ...]]] = deque()
         self._abandoned_count = 0
@@ -210,8 +198,10 @@ class BufferPool:
             if keep:
                 block.tick = next(self._ticks)
                 bucket.free.append(block)
+            else:
+                bucket.account.settle(block)
         if not keep:
-            bucket.account.give_up(block)
+            drop(block)
 
     # ---------------------------------------------------------------- shrinking
 
@@ -268,8 +258,10 @@ class BufferPool:
                     bucket.closed = True
                     bucket.epoch += 1
                     idle, bucket.free = bucket.free, []
+                    for block in idle:
+                        account.settle(block)
                 for block in idle:
-                    account.give_up(block, wait=True)
+                    drop(block, wait=True)
 
     @property
     def closed(self) -> bool:
@@ -312,14 +304,14 @@ class BufferPool:
 
     def _resolve(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | int, pinned: bool
-    ) -> _Request:
+    ) -> Request:
         """Checks a request and finds its bucket; remembers it if it means the same next time."""
         self._check_open()
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype: expected a torch.dtype, got {type(dtype).__name__}")
         if not isinstance(pinned, bool):
             raise TypeError(f"pinned: expected a bool, got {type(pinned).__name__}")
-        sizes = _checked_shape(shape)
+        sizes = checked_shape(shape)
         where = canonical_device(device)
         if pinned and where.type != "cpu":
             raise ValueError(f"pinned: expected False on {where}, since only host memory can be pinned, got True")
@@ -327,7 +319,7 @@ class BufferPool:
             raise ValueError("pinned: expected False on a machine without an accelerator, got True")
         numel = math.prod(sizes)
         nbytes = numel * dtype.itemsize
-        request = _Request(self._bucket(where, dtype, bucket_bytes(nbytes), pinned), sizes, numel, nbytes)
+        request = Request(self._bucket(where, dtype, bucket_bytes(nbytes), pinned), sizes, numel, nbytes)
         # "cuda" means another device after torch.cuda.set_device; only what names one device may be remembered.
         named = torch.device(device)
         if named.type in ("cpu", "meta") or (named.index is not None and not isinstance(device, int)):
@@ -419,7 +411,7 @@ class BufferPool:
             if not closed:
                 bucket.count_lease(block, requested, hit=False)
         if closed:  # while this thread allocated
-            account.give_up(block)
+            account.unbook(charge)
             self._check_open()
         return block
 
@@ -453,9 +445,10 @@ class BufferPool:
             bucket = block.bucket
             with bucket.lock:
                 bucket.count_return(block, requested)
+                bucket.account.settle(block)
             block.fences = [(stream, None) for stream in (block.home, *extra)] if bucket.streams is not None else []
             self._abandoned_count += 1
-            bucket.account.give_up(block)
+            drop(block)
 
     def _relieve(self, device: torch.device, level: PressureLevel) -> None:
         """Adapts to a level of pressure on `device`."""
@@ -479,20 +472,6 @@ class BufferPool:
         for account in self._accounts.values():
             account.orphan()
         self._start()
-
-
-def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(shape, str | bytes) or not isinstance(shape, Sequence):
-        raise TypeError(f"shape: expected a sequence of ints, got {type(shape).__name__}")
-    sizes = []
-    for size in shape:
-        try:
-            sizes.append(operator.index(size))  # numpy's integers are welcome, as in torch
-        except TypeError:
-            raise TypeError(f"shape: expected ints, got {size!r} ({type(size).__name__})") from None
-        if sizes[-1] < 0:
-            raise ValueError(f"shape: expected dimensions ≥ 0, got {tuple(shape)}")
-    return tuple(sizes)
 
 
 _default = BufferPool()  # made at import, which allocates nothing, so that no lock guards it
