@@ -422,6 +422,7 @@ CHILD = """
             # Freeing alone is enough where what is missing is what a pool keeps idle.
             with pool.lease((50 * MIB,), torch.uint8, "cpu") as hoard:
                 hoard.fill_(1)
+            del hoard  # the name would keep the memory, whatever the pool gives up
             assert fails(lambda: torch.ones(50 * MIB, dtype=torch.uint8)), "the limit does not bind"
             value, report = oom_recovery(lambda: int(torch.ones(50 * MIB, dtype=torch.uint8).sum()))
             assert value == 50 * MIB
