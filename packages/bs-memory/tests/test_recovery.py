@@ -424,7 +424,7 @@ CHILD = """
                 hoard.fill_(1)
             del hoard  # the name would keep the memory, whatever the pool gives up
             assert fails(lambda: torch.ones(50 * MIB, dtype=torch.uint8)), "the limit does not bind"
-            value, report = oom_recovery(lambda: int(torch.ones(50 * MIB, dtype=torch.uint8).sum()))
+            value, report = oom_recovery(lambda: torch.ones(50 * MIB, dtype=torch.uint8).numel())
             assert value == 50 * MIB
             assert [step.action for step in report.steps] == ["free", "retry"], report
             assert pool.stats().bytes_held == 0
