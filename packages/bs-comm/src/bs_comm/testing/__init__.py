@@ -1,6 +1,19 @@
-"""Oracles, strategies and factories for testing code that plans or runs an exchange. Needs hypothesis."""
+"""Oracles, strategies and real processes for testing code that plans or runs an exchange. Needs hypothesis."""
 
+from .attention import dense_attention, ring_attention
 from .model import model_matchings_hold, model_needs, model_work
+from .ranks import RankError, RankPool
 from .strategies import layouts, owners, plan_cases
 
-__all__ = ["layouts", "model_matchings_hold", "model_needs", "model_work", "owners", "plan_cases"]
+__all__ = [
+    "RankError",
+    "RankPool",
+    "dense_attention",
+    "layouts",
+    "model_matchings_hold",
+    "model_needs",
+    "model_work",
+    "owners",
+    "plan_cases",
+    "ring_attention",
+]

@@ -1,0 +1,476 @@
+"""`PackedRing`: carry out an exchange plan between real processes.
+
+It moves buffers and calls back. What is computed with an arrival is the caller's business: an attention kernel's
+partial form, or anything else that reads keys and values block by block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bs_memory import BufferPool, default_pool
+from bs_patterns import BlockLayout
+
+from ._check import integer, positive
+from ._header import agree
+from .health import Health, Report, RingMismatchError, RingPeerError
+from .plan import ExchangePlan, Traffic
+from .transport import CHANNELS, GRAD, KV, Hop, HopFailed, Transport
+from .wire import RowSet, StepWire, wires_of
+
+Int64 = NDArray[np.int64]
+
+DEFAULT_HOP_TIMEOUT = 60.0
+#: Longest wait for other ranks' reports before a failure is blamed on somebody.
+_PATIENCE = 1.0
+#: Buffers of failed rings: a peer that wakes up may still write into them, so they are never used again.
+_QUARANTINE: list[Any] = []
+#: Rings made per group and channel; every group starts anew.
+_serials: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Keys and values that are here now: the rank's own (step 0), or those a peer sent.
+
+    Shapes: B batch, T tokens, H kv heads, D and E head dims, U key blocks, Q own query blocks.
+
+    Attributes:
+        step: 0 for the rank's own blocks, else the step of the plan.
+        peer: Who owns them.
+        k: ``[B, T, H, D]``. A (block, head) that no own query reads holds zeros. Valid until the callback returns.
+        v: ``[B, T, H, E]``, likewise.
+        blocks: ``int64[U]``: which key blocks of the sequence these are, ascending; T tokens in all.
+        kv_start: ``int64[U]``: absolute position of each block's first token.
+        q_start: ``int64[Q]``: absolute position of the first token of each of the rank's query blocks.
+        layout: Own query blocks × ``blocks``; None for a dense ring. Its causal flag is off: causality follows from the
+            positions, and `ExchangePlan.causal` says whether it applies.
+    """
+
+    step: int
+    peer: int
+    k: Tensor
+    v: Tensor
+    blocks: Int64
+    kv_start: Int64
+    q_start: Int64
+    layout: BlockLayout | None
+
+
+#: Forward: use the arrival. Backward: return (dk, dv) of its shapes, in the ring's ``grad_dtype``.
+OnArrival = Callable[[Arrival], Any]
+
+
+class PackedRing:
+    """One rank's end of a ring: buffers, index lists and connections for one plan and one tensor shape.
+
+    Constructing it is collective: every rank of the group does it, with the same arguments, and in the same order where
+    there are several rings; the ranks compare plan digests, sizes and versions before the first byte of data moves.
+    `forward` and `backward` are collective too. Between steps the next two transfers are under way while the callback
+    computes.
+
+    Args:
+        plan: The same on every rank (not transposed).
+        batch: B, sequences.
+        head_dim: D, elements of a key row.
+        value_head_dim: E, elements of a value row; default ``head_dim``.
+        dtype: Of K and V.
+        device: Of K and V.
+        group: Process group; default the default group. Not needed for one rank.
+        pool: Where buffers are leased; default `bs_memory.default_pool()`.
+        wire_dtype: Send K and V in this dtype instead (bfloat16 or float16: half the bytes of float32, rounded once).
+        hop_timeout: Seconds that one transfer may take before the ring is given up.
+        channel: Tells rings of one group apart that run in different threads; gloo needs a channel per thread, NCCL a
+            group per thread.
+
+    Attributes:
+        plan: The plan.
+        rank: This rank.
+        grad_dtype: Of gradients on the wire and in the result: float32, or float64 for float64 inputs.
+        traffic: Planned payload bytes of one forward and one backward.
+
+    Raises:
+        RingMismatchError: The ranks do not agree; on every rank, before any data moves.
+        RingPeerError: A peer did not answer.
+        ValueError: The group's size is not the plan's, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        plan: ExchangePlan,
+        *,
+        batch: int,
+        head_dim: int,
+        value_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        group: Any = None,
+        pool: BufferPool | None = None,
+        wire_dtype: torch.dtype | None = None,
+        hop_timeout: float = DEFAULT_HOP_TIMEOUT,
+        channel: int = 0,
+    ) -> None:
+        if not isinstance(plan, ExchangePlan) or plan.is_transposed:
+            raise ValueError(f"plan: expected a forward ExchangePlan, got {plan!r}")
+        self.plan = plan
+        self._batch = integer("batch", batch)
+        key_dim = integer("head_dim", head_dim)
+        self._dims = (key_dim, key_dim if value_head_dim is None else integer("value_head_dim", value_head_dim))
+        self._dtype = _floating("dtype", dtype)
+        self._wire_dtype = dtype if wire_dtype is None else _floating("wire_dtype", wire_dtype)
+        self.grad_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._device = torch.device(device)
+        self._timeout = positive("hop_timeout", hop_timeout)
+        channel = integer("channel", channel, low=0, high=CHANNELS - 1)
+        self.rank, self._group = _membership(group, plan.world_size)
+        self.traffic: Traffic = plan.traffic(
+            head_dim, self._dims[1], batch=batch, kv_itemsize=self._wire_dtype.itemsize,
+            grad_itemsize=self.grad_dtype.itemsize,
+        )  # fmt: skip
+        self._in_use = threading.Lock()
+        self._failure: RingPeerError | None = None
+        self._closed = False
+        self._calls = 0
+        self._health, serial = _health_of(self._group, channel, self.rank, plan.world_size)
+        self._transport = Transport(self._group, self.rank, plan.world_size, channel, self._timeout, self._health)
+        with self._watched("header"):
+            if plan.world_size > 1:
+                sizes = [batch, *self._dims, self._dtype, self._wire_dtype, channel, serial]
+                agree(self._transport, plan.digest, sizes, self._device)
+        self._wires = wires_of(plan, self.rank, self._device)
+        self._q_start, self._kv_starts = _positions(plan, self.rank, self._wires)
+        self._lease_buffers(default_pool() if pool is None else pool)
+
+    # ------------------------------------------------------------------ the two passes
+
+    @torch.no_grad()
+    def forward(self, k: Tensor, v: Tensor, on_arrival: OnArrival) -> None:
+        """Show every key block that this rank's queries read to ``on_arrival``, own blocks first, then step by step.
+
+        Args:
+            k: ``[B, S, H, D]``, this rank's shard in the order of `Placement.positions`.
+            v: ``[B, S, H, E]``.
+            on_arrival: Called once per arrival that holds something to read; not called for empty ones.
+
+        Raises:
+            RingPeerError: A peer failed; on every survivor, also on those that have seen all their arrivals.
+            ValueError: Tensors of another shape, dtype or device than the ring was made for.
+        """
+        k, v = self._operand("k", k, 0), self._operand("v", v, 1)
+        with self._call("forward"):
+            self._exchange("forward", k, v, on_arrival, None)
+
+    @torch.no_grad()
+    def backward(self, k: Tensor, v: Tensor, on_arrival: OnArrival) -> tuple[Tensor, Tensor]:
+        """Show every arrival again, and bring the gradients that ``on_arrival`` returns home to the owners.
+
+        Args:
+            k: ``[B, S, H, D]``, as in `forward`.
+            v: ``[B, S, H, E]``.
+            on_arrival: Returns (dk ``[B, T, H, D]``, dv ``[B, T, H, E]``) in ``grad_dtype`` for the arrival.
+
+        Returns:
+            (dk ``[B, S, H, D]``, dv ``[B, S, H, E]``) in ``grad_dtype``: own share first, then the peers' in step
+            order, so the sums have the same bits every time.
+
+        Raises:
+            RingPeerError: As in `forward`.
+            ValueError: As in `forward`, or gradients of another shape or dtype.
+        """
+        k, v = self._operand("k", k, 0), self._operand("v", v, 1)
+        grads = tuple(torch.zeros(x.shape, dtype=self.grad_dtype, device=self._device) for x in (k, v))
+        with self._call("backward"):
+            self._exchange("backward", k, v, on_arrival, (grads[0], grads[1]))
+        return grads[0], grads[1]
+
+    def _exchange(
+        self, phase: str, k: Tensor, v: Tensor, on_arrival: OnArrival, home: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Run all steps. With ``home``, gradients are collected there."""
+        fetched: dict[int, tuple[Hop | None, Hop | None]] = {}
+        returned: dict[int, tuple[Hop | None, Hop | None]] = {}
+        steps = len(self._wires) - 1
+        for step in (1, 2):
+            if step <= steps:
+                fetched[step] = self._fetch(step, k, v)
+        if self._reads(0):
+            shares = on_arrival(self._arrival(0, k, v))
+            if home is not None:
+                for total, share in zip(home, self._gradients(shares, k, v), strict=True):
+                    total.add_(share)
+        for step in range(1, steps + 1):
+            got, put = fetched.pop(step)
+            self._transport.wait(got, phase)
+            shares = None
+            if got is not None:
+                arrived = self._unpack(step)
+                shares = on_arrival(self._arrival(step, *arrived))
+                if home is not None:
+                    shares = self._gradients(shares, *arrived)
+            if home is not None:
+                self._welcome(step - 2, returned, home)
+                returned[step] = self._send_home(step, shares)
+            self._transport.wait(put, phase)
+            if step + 2 <= steps:
+                fetched[step + 2] = self._fetch(step + 2, k, v)
+        if home is not None:
+            self._welcome(steps - 1, returned, home)
+            self._welcome(steps, returned, home)
+        self._commit(phase)
+
+    def _fetch(self, step: int, k: Tensor, v: Tensor) -> tuple[Hop | None, Hop | None]:
+        """Pack and post the way out of a step."""
+        wire = self._wires[step]
+        send = receive = None
+        if wire.send is not None:
+            buffer = self._message("send", step, wire.send)
+            for rows, source in zip(self._parts(buffer, wire.send, self._wire_dtype), (k, v), strict=True):
+                wire.send.take(source, rows)
+            send = (wire.send.peer, buffer)
+        if wire.receive is not None:
+            receive = (wire.receive.peer, self._message("receive", step, wire.receive))
+        return self._transport.post(KV, step, receive, send)
+
+    def _unpack(self, step: int) -> tuple[Tensor, Tensor]:
+        """What the step brought, as ``[B, T, H, ·]`` twice."""
+        wire = self._wires[step]
+        assert wire.receive is not None
+        parts = self._parts(self._message("receive", step, wire.receive), wire.receive, self._wire_dtype)
+        shape = (self._batch, wire.tokens, self.plan.kv_heads)
+        if wire.receive.index is None and self._wire_dtype == self._dtype:
+            return parts[0].view(*shape, self._dims[0]), parts[1].view(*shape, self._dims[1])
+        whole = RowSet(wire.receive.peer, wire.tokens * self.plan.kv_heads, None)
+        places = self._parts(self._buffers["arrival"], whole, self._dtype)
+        k, v = places[0].view(*shape, self._dims[0]), places[1].view(*shape, self._dims[1])
+        wire.receive.put(parts[0], k)
+        wire.receive.put(parts[1], v)
+        return k, v
+
+    def _send_home(self, step: int, shares: tuple[Tensor, Tensor] | None) -> tuple[Hop | None, Hop | None]:
+        """Pack and post the way home of a step: what came in goes out, and the other way round."""
+        wire = self._wires[step]
+        send = receive = None
+        if wire.receive is not None:
+            assert shares is not None
+            buffer = self._message("grad_send", step, wire.receive, self.grad_dtype)
+            for rows, share in zip(self._parts(buffer, wire.receive, self.grad_dtype), shares, strict=True):
+                wire.receive.take(share, rows)
+            send = (wire.receive.peer, buffer)
+        if wire.send is not None:
+            receive = (wire.send.peer, self._message("grad_receive", step, wire.send, self.grad_dtype))
+        return self._transport.post(GRAD, step, receive, send)
+
+    def _welcome(self, step: int, returned: dict[int, Any], home: tuple[Tensor, Tensor]) -> None:
+        """Wait for a step's way home and add what it brought."""
+        if step not in returned:
+            return
+        got, put = returned.pop(step)
+        self._transport.wait(got, "backward")
+        wire = self._wires[step]
+        if wire.send is not None:
+            buffer = self._message("grad_receive", step, wire.send, self.grad_dtype)
+            for rows, total in zip(self._parts(buffer, wire.send, self.grad_dtype), home, strict=True):
+                wire.send.add(rows, total)
+        self._transport.wait(put, "backward")
+
+    def _commit(self, phase: str) -> None:
+        """Return only once every rank has finished: all have the result, or all raise."""
+        self._calls += 1
+        if self.plan.world_size > 1:
+            word = torch.tensor([self._calls * 2 + (phase == "backward")], device=self._device)
+            words = self._transport.gather(word, "commit")
+            if not bool((words == word).all()):
+                raise RuntimeError(
+                    f"{phase}: expected every rank to make the same calls in the same order, got call·2 + backward = "
+                    f"{words.flatten().tolist()}"
+                )
+
+    # ------------------------------------------------------------------ buffers
+
+    def _lease_buffers(self, pool: BufferPool) -> None:
+        """Two buffers per direction and kind, each as large as its largest step needs."""
+        kv, grad = self._wire_dtype.itemsize, self.grad_dtype.itemsize
+        width = self._batch * sum(self._dims)
+        sizes: dict[str, int] = {}
+        for wire in self._wires[1:]:
+            for rows, out, home in ((wire.send, "send", "grad_receive"), (wire.receive, "receive", "grad_send")):
+                if rows is not None:
+                    for name, itemsize in ((out, kv), (home, grad)):
+                        key = f"{name}{wire.step % 2}"
+                        sizes[key] = max(sizes.get(key, 0), rows.count * width * itemsize)
+            if wire.receive is not None and (wire.receive.index is not None or self._wire_dtype != self._dtype):
+                needed = wire.tokens * self.plan.kv_heads * width * self._dtype.itemsize
+                sizes["arrival"] = max(sizes.get("arrival", 0), needed)
+        self._leases = {name: pool.lease((n,), torch.uint8, self._device) for name, n in sizes.items()}
+        self._buffers = {name: lease.tensor for name, lease in self._leases.items()}
+
+    def _message(self, name: str, step: int, rows: RowSet, dtype: torch.dtype | None = None) -> Tensor:
+        """The bytes of a step's message within the buffer of its parity."""
+        itemsize = (dtype or self._wire_dtype).itemsize
+        return self._buffers[f"{name}{step % 2}"][: rows.count * self._batch * sum(self._dims) * itemsize]
+
+    def _parts(self, buffer: Tensor, rows: RowSet, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The K and the V part of a message: ``[B, R, D]`` and ``[B, R, E]``."""
+        cut = self._batch * rows.count * self._dims[0]
+        end = self._batch * rows.count * sum(self._dims)
+        elements = buffer[: end * dtype.itemsize].view(dtype)
+        shape = (self._batch, rows.count)
+        return elements[:cut].view(*shape, self._dims[0]), elements[cut:end].view(*shape, self._dims[1])
+
+    # ------------------------------------------------------------------ arrivals
+
+    def _reads(self, step: int) -> bool:
+        """Whether the own queries read anything of an arrival."""
+        wire = self._wires[step]
+        if self.plan.layout is None:
+            return len(wire.blocks) > 0 and len(self._q_start) > 0
+        return wire.layout is not None and wire.layout.nnz > 0
+
+    def _arrival(self, step: int, k: Tensor, v: Tensor) -> Arrival:
+        wire = self._wires[step]
+        peer = self.rank if wire.receive is None else wire.receive.peer
+        return Arrival(step, peer, k, v, wire.blocks, self._kv_starts[step], self._q_start, wire.layout)
+
+    def _gradients(self, shares: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(shares, tuple) or len(shares) != 2:
+            raise TypeError(f"on_arrival: expected (dk, dv) in a backward pass, got {type(shares).__name__}")
+        for name, share, like in zip(("dk", "dv"), shares, (k, v), strict=True):
+            if share.shape != like.shape or share.dtype != self.grad_dtype or share.device != like.device:
+                raise ValueError(
+                    f"on_arrival: expected {name} of shape {tuple(like.shape)}, {self.grad_dtype} on {like.device}, "
+                    f"got {tuple(share.shape)}, {share.dtype} on {share.device}"
+                )
+        return shares[0].contiguous(), shares[1].contiguous()
+
+    def _operand(self, name: str, x: Tensor, which: int) -> Tensor:
+        tokens = int(self.plan.kv_placement.lengths[self.rank])
+        shape = (self._batch, tokens, self.plan.kv_heads, self._dims[which])
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if tuple(x.shape) != shape or x.dtype != self._dtype or x.device.type != self._device.type:
+            raise ValueError(
+                f"{name}: expected shape {shape}, {self._dtype} on {self._device}, got {tuple(x.shape)}, {x.dtype} on "
+                f"{x.device}"
+            )
+        return x.contiguous()
+
+    # ------------------------------------------------------------------ life
+
+    @contextmanager
+    def _call(self, phase: str) -> Iterator[None]:
+        if self._closed:
+            raise RuntimeError(f"{phase}: expected an open ring, got a closed one")
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(f"{phase}: expected one call at a time, got a second; use a ring and channel per thread")
+        try:
+            if self._failure is not None:
+                raise self._failure
+            with self._watched(phase):
+                yield
+        finally:
+            self._in_use.release()
+
+    @contextmanager
+    def _watched(self, phase: str) -> Iterator[None]:
+        """Turn a failed hop into the error that all survivors raise, and tell them of a failure of our own."""
+        try:
+            yield
+        except HopFailed as failed:
+            patience = 0.0 if failed.is_broken else min(_PATIENCE, self._timeout / 2)
+            self._failure = self._health.conclude(failed.report, patience).error()
+            self._give_up()
+            raise self._failure from None
+        except BaseException as error:
+            if self.plan.world_size > 1 and not isinstance(error, RingMismatchError):
+                mine = Report(self.rank, 0, 0, phase, f"{type(error).__name__} on this rank: {error}"[:300])
+                self._failure = mine.error()
+                self._health.report(mine)
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        """Leave buffers that a peer may still write into to nobody."""
+        _QUARANTINE.append(getattr(self, "_leases", None))
+        self._leases = {}
+        self._transport.close()
+
+    def close(self) -> None:
+        """Give the buffers back. Every rank may do this on its own; calls after it raise."""
+        if not self._closed:
+            self._closed = True
+            for lease in self._leases.values():
+                lease.release()
+            self._leases, self._buffers = {}, {}
+            self._transport.close()
+            self._health.close()
+
+    def __enter__(self) -> PackedRing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ counters
+
+    @property
+    def sent_bytes(self) -> dict[str, Int64]:
+        """Bytes sent since construction, by receiver: ``{"kv": int64[world], "grad": …}``."""
+        return {"kv": self._transport.sent_bytes[KV].copy(), "grad": self._transport.sent_bytes[GRAD].copy()}
+
+    @property
+    def received_bytes(self) -> dict[str, Int64]:
+        """Bytes that arrived since construction, by sender."""
+        return {"kv": self._transport.received_bytes[KV].copy(), "grad": self._transport.received_bytes[GRAD].copy()}
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time this rank was blocked waiting for others since construction (host waits only; 0 with NCCL)."""
+        return self._transport.wait_seconds
+
+
+def _floating(name: str, dtype: Any) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype, got {dtype!r}")
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {dtype}")
+    return dtype
+
+
+def _membership(group: Any, world: int) -> tuple[int, Any]:
+    """(rank, group); no group is needed for one rank."""
+    if group is None and not dist.is_initialized():
+        if world > 1:
+            raise ValueError(f"group: expected one of {world} ranks, but torch.distributed is not initialized")
+        return 0, None
+    group = dist.group.WORLD if group is None else group
+    size = dist.get_world_size(group)
+    if size != world:
+        raise ValueError(f"group: expected {world} ranks as in the plan, got a group of {size}")
+    return (0, None) if world == 1 else (dist.get_rank(group), group)
+
+
+def _health_of(group: Any, channel: int, rank: int, world: int) -> tuple[Health, int]:
+    """Health over the group's own store, under keys that no earlier ring of the group used."""
+    if group is None:
+        return Health(None, "", rank, world), 0
+    serials = _serials.setdefault(group, {})
+    serials[channel] = serial = serials.get(channel, 0) + 1
+    return Health(group.get_group_store(), f"bs_comm/{channel}/{serial}", rank, world), serial
+
+
+def _positions(plan: ExchangePlan, rank: int, wires: list[StepWire]) -> tuple[Int64, list[Int64]]:
+    """Absolute first positions: of the own query blocks, and of the key blocks of every step."""
+    shift = plan.seq_len[1] - plan.seq_len[0]
+    queries = plan.placement.blocks(rank, block_size=plan.block_size[0]) * plan.block_size[0] + shift
+    return queries, [wire.blocks * plan.block_size[1] for wire in wires]
