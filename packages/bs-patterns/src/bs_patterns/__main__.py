@@ -1,4 +1,4 @@
-"""`python -m bs_patterns`."""
+"""``python -m bs_patterns``."""
 
 import sys
 

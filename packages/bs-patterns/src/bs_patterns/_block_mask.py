@@ -52,7 +52,7 @@ def _whole(grid: Grid, row: Int64, column: Int64) -> Bool:
 
 
 def _ordered(mask: Bool, where: device | str) -> tuple[Tensor, Tensor]:
-    """int32 `[1, heads, q_blocks]` counts and `[1, heads, q_blocks, kv_blocks]` columns, the active ones first."""
+    """int32 ``[1, heads, q_blocks]`` counts and ``[1, heads, q_blocks, kv_blocks]`` columns, the active ones first."""
     import torch
 
     columns = np.argsort(~mask, axis=-1, kind="stable").astype(np.int32)
@@ -99,7 +99,7 @@ def read(block_mask: BlockMask, causal: bool | None, ignore_mask_mod: bool) -> B
 
 
 def _entries(counts: Tensor, columns: Tensor) -> Int64:
-    """int64 `[3, n]`: (head, query block, key block) of the listed blocks, the same for every batch element."""
+    """int64 ``[3, n]``: (head, query block, key block) of the listed blocks, the same for every batch element."""
     count, column = counts.cpu().numpy(), columns.cpu().numpy()
     listed = np.arange(column.shape[-1]) < count[..., None]
     same = np.where(listed, column, -1)

@@ -17,8 +17,8 @@ class Coverage:
     """Counts of blocks per picture cell, summed over the heads drawn.
 
     Attributes:
-        active: int64 `[lines, columns]`.
-        allowed: int64 `[lines, columns]`.
+        active: int64 ``[lines, columns]``.
+        allowed: int64 ``[lines, columns]``.
         row_edges: First query block of each line, then the number of query blocks.
         column_edges: First key block of each column, then the number of key blocks.
     """
@@ -70,7 +70,7 @@ def _edges(blocks: int, cells: int) -> Int64:
 def _prefix_counts(
     lengths: Int64, line_of: Int64, shape: tuple[int, int], column_edges: Int64, column_of: Int64
 ) -> Int64:
-    """Per cell, how many blocks lie in the first `lengths[row]` of their row."""
+    """Per cell, how many blocks lie in the first ``lengths[row]`` of their row."""
     filled = np.flatnonzero(lengths)
     last = column_of[lengths[filled] - 1]
     cell = line_of[filled] * shape[1] + last

@@ -1,4 +1,4 @@
-"""The command line: `python -m bs_patterns show PATTERN …`."""
+"""The command line: ``python -m bs_patterns show PATTERN …``."""
 
 from __future__ import annotations
 

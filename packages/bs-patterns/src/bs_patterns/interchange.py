@@ -23,17 +23,17 @@ __all__ = ["from_block_mask", "from_bsr_array", "from_csr_array", "to_block_mask
 
 
 def to_csr_array(layout: BlockLayout, head: int | None = None) -> csr_array:
-    """One head's blocks as a SciPy matrix: `[i, j]` is True where query block i attends to key block j.
+    """One head's blocks as a SciPy matrix: ``[i, j]`` is True where query block i attends to key block j.
 
     Args:
         layout: Any layout.
         head: Which head; may be left out if the layout is shared by all heads.
 
     Returns:
-        A bool `csr_array` `[q_blocks, kv_blocks]` with the layout's nnz entries.
+        A bool `csr_array` ``[q_blocks, kv_blocks]`` with the layout's nnz entries.
 
     Raises:
-        ImportError: SciPy is missing: install `bs-patterns[scipy]`.
+        ImportError: SciPy is missing: install ``bs-patterns[scipy]``.
         TypeError: An argument has the wrong type.
         ValueError: `head` is out of range, or left out although the heads differ.
     """
@@ -48,8 +48,8 @@ def from_csr_array(
     """The layout whose blocks are the nonzeros of SciPy matrices.
 
     Args:
-        matrices: A `csr_array` or `csr_matrix` `[q_blocks, kv_blocks]`, shared by all heads, or a sequence of them, one
-            per head. Stored zeros are not active.
+        matrices: A `csr_array` or `csr_matrix` ``[q_blocks, kv_blocks]``, shared by all heads, or a sequence of them,
+            one per head. Stored zeros are not active.
         block_size: Tokens per (query, key) block; an integer stands for both.
         seq_len: Tokens of the (query, key) sequence; an integer stands for both.
         causal: Whether the layout is causal; blocks after the query are then left out.
@@ -58,7 +58,7 @@ def from_csr_array(
         The layout.
 
     Raises:
-        ImportError: SciPy is missing: install `bs-patterns[scipy]`.
+        ImportError: SciPy is missing: install ``bs-patterns[scipy]``.
         TypeError: An argument has the wrong type.
         ValueError: A matrix has another shape than the grid of blocks, or an index is out of range.
     """
@@ -74,7 +74,7 @@ def from_csr_array(
 
 
 def to_bsr_array(layout: BlockLayout, head: int | None = None, *, dtype: DTypeLike = np.bool_) -> bsr_array:
-    """One head's token mask as a SciPy matrix of dense blocks: `[q, k]` is 1 where query q sees key k.
+    """One head's token mask as a SciPy matrix of dense blocks: ``[q, k]`` is 1 where query q sees key k.
 
     The causal rule and the ends of the sequences are in the blocks. Takes nnz · block area · itemsize bytes.
 
@@ -87,7 +87,7 @@ def to_bsr_array(layout: BlockLayout, head: int | None = None, *, dtype: DTypeLi
         A `bsr_array` with the layout's blocks, its shape rounded up to whole blocks.
 
     Raises:
-        ImportError: SciPy is missing: install `bs-patterns[scipy]`.
+        ImportError: SciPy is missing: install ``bs-patterns[scipy]``.
         TypeError: An argument has the wrong type.
         ValueError: `head` is out of range, or left out although the heads differ.
     """
@@ -107,7 +107,7 @@ def from_bsr_array(matrices: Any, *, seq_len: int | tuple[int, int] | None = Non
     """The layout whose blocks are the stored blocks of SciPy matrices; values only say which blocks are not all zero.
 
     Args:
-        matrices: A `bsr_array` or `bsr_matrix` `[Sq, Sk]`, shared by all heads, or a sequence of them, one per head.
+        matrices: A `bsr_array` or `bsr_matrix` ``[Sq, Sk]``, shared by all heads, or a sequence of them, one per head.
         seq_len: Tokens of the (query, key) sequence if they are fewer than the matrix rounds up to.
         causal: Whether the layout is causal; blocks after the query are then left out.
 
@@ -115,7 +115,7 @@ def from_bsr_array(matrices: Any, *, seq_len: int | tuple[int, int] | None = Non
         The layout, with the matrices' block size.
 
     Raises:
-        ImportError: SciPy is missing: install `bs-patterns[scipy]`.
+        ImportError: SciPy is missing: install ``bs-patterns[scipy]``.
         TypeError: An argument has the wrong type.
         ValueError: The matrices differ in shape or block size, `seq_len` has another number of blocks, or an index is
             out of range.
@@ -148,7 +148,7 @@ def to_block_mask(layout: BlockLayout, *, device: Device | str = "cpu") -> Block
         device: Where the mask's tensors live: that of the queries.
 
     Returns:
-        The mask, `[1, heads, Sq, Sk]`.
+        The mask, ``[1, heads, Sq, Sk]``.
 
     Raises:
         ImportError: PyTorch is missing.

@@ -86,7 +86,7 @@ def render_figure(
         The figure, ready for `savefig`.
 
     Raises:
-        ImportError: matplotlib is missing: install `bs-patterns[plot]`.
+        ImportError: matplotlib is missing: install ``bs-patterns[plot]``.
         TypeError: An argument has the wrong type.
         ValueError: A head out of range, more than 64 heads, layouts of different grids, or a title that has no place.
     """
@@ -122,7 +122,7 @@ def save_image(
         **options: As for `render_figure`.
 
     Raises:
-        ImportError: matplotlib is missing: install `bs-patterns[plot]`.
+        ImportError: matplotlib is missing: install ``bs-patterns[plot]``.
         OSError: The file cannot be written.
         TypeError: An argument has the wrong type.
         ValueError: The file name ends otherwise, or as for `render_figure`.

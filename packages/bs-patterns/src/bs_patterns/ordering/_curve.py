@@ -1,11 +1,11 @@
 """The generalised Hilbert curve of a box of any size: one rule that cuts a box into smaller boxes.
 
-A box is seen in its own coordinates `(u, v, w)`. The curve enters at `(0, 0, 0)` and, unless the box is *open*, leaves
-at `(width - 1, 0, 0)`: at the other end of the first axis. `split` says which smaller boxes it runs through, in which
-order and how each is turned; everything else here and in `hilbert.py` only composes turns.
+A box is seen in its own coordinates ``(u, v, w)``. The curve enters at ``(0, 0, 0)`` and, unless the box is *open*,
+leaves at ``(width - 1, 0, 0)``: at the other end of the first axis. `split` says which smaller boxes it runs through, in
+which order and how each is turned; everything else here and in `hilbert.py` only composes turns.
 
 Why every step is to a neighbour: colour the cells like a chessboard. A path through all cells between the two ends
-exists only if `width` is even or `height * depth` is odd; call such a box *fair*. `split` cuts off even lengths, so
+exists only if `width` is even or ``height * depth`` is odd; call such a box *fair*. `split` cuts off even lengths, so
 that every closed box made from a fair box is fair, and the whole box is entered along an axis that makes it fair. An
 open box may leave anywhere, so it is never unfair: it drops even pieces until it is compact, then turns.
 
@@ -25,7 +25,7 @@ Size = tuple[int, int, int]
 class Box(NamedTuple):
     """A cell range of a parent box, with its own axes.
 
-    `axes[k]` is the parent axis along which own axis `k` runs, `signs[k]` its direction, `start` the parent
+    ``axes[k]`` is the parent axis along which own axis `k` runs, ``signs[k]`` its direction, `start` the parent
     coordinates of the own origin, and `is_open` says that the curve may leave this box anywhere.
     """
 
@@ -133,7 +133,7 @@ def table(size: Size, is_open: bool, memo: dict[tuple[Size, bool], np.ndarray]) 
         memo: Tables made so far; shared between calls to share the work.
 
     Returns:
-        int64[size], a permutation of `0 … cells - 1`. Not to be written to.
+        int64[size], a permutation of ``0 … cells - 1``. Not to be written to.
 
     Source: the module docstring.
     """
@@ -152,7 +152,7 @@ def table(size: Size, is_open: bool, memo: dict[tuple[Size, bool], np.ndarray]) 
 
 
 def place_in(target: np.ndarray, box: Box, part: np.ndarray, base: int = 0) -> None:
-    """Write `base + part`, given in the box's own coordinates, where the box lies in `target`."""
+    """Write ``base + part``, given in the box's own coordinates, where the box lies in `target`."""
     ranges = [slice(0)] * 3
     for axis, sign, length in zip(box.axes, box.signs, box.size, strict=True):
         low = box.start[axis] if sign > 0 else box.start[axis] - length + 1

@@ -35,12 +35,12 @@ def hilbert_index(row: ArrayLike, column: ArrayLike, grid: tuple[int, int]) -> I
     Cost is O(points · log(rows + columns)); the grid itself is never built.
 
     Args:
-        row: int `[n]`, in `[0, rows)`.
-        column: int `[n]`, in `[0, columns)`.
+        row: int ``[n]``, in ``[0, rows)``.
+        column: int ``[n]``, in ``[0, columns)``.
         grid: (rows, columns).
 
     Returns:
-        int64 `[n]`, each in `[0, rows · columns)`.
+        int64 ``[n]``, each in ``[0, rows · columns)``.
 
     Raises:
         TypeError: An argument is not made of integers.
@@ -71,8 +71,8 @@ def places_in_grid(row: NDArray[np.integer], column: NDArray[np.integer], rows: 
 class _Pieces(NamedTuple):
     """A rectangle cut into boxes of few distinct kinds, and the way from a point to its box.
 
-    Column c of `at` (int64 `[5, boxes]`) says for box c: the first own cell's parent coordinates (2), whether its axes
-    are swapped, their direction, and the place at which the curve enters it.
+    The curve enters box c at place ``at[4, c]``, in the cell ``at[:2, c]``. The box's own axes are swapped if
+    ``at[2, c]``, and run in direction ``at[3, c]``. The boxes ``first … last - 1`` are of one kind.
     """
 
     cuts: tuple[Int64, Int64]
@@ -156,15 +156,15 @@ def _paint(at: Int64, sizes: Int64) -> tuple[tuple[Int64, Int64], Int64]:
 def hilbert_tokens(grid: Sequence[int]) -> tuple[Int64, Int64]:
     """Reorder the tokens of an image or a video so that tokens near in the sequence are near in the grid, and back.
 
-    Flatten the grid in C order (last axis fastest), then `tokens[permutation]` runs along a Hilbert curve: every token
-    is a direct neighbour of the one before it, whatever the sides, and a window of n tokens is a compact patch.
-    `reordered[inverse]` restores the grid order.
+    Flatten the grid in C order (last axis fastest), then ``tokens[permutation]`` runs along a Hilbert curve: every
+    token is a direct neighbour of the one before it, whatever the sides, and a window of n tokens is a compact patch.
+    ``reordered[inverse]`` restores the grid order.
 
     Args:
         grid: (height, width) or (height, width, frames), or any other order of these axes: the order of the flattening.
 
     Returns:
-        (permutation, inverse), each int64 `[product of grid]`; `permutation[inverse] == arange`.
+        (permutation, inverse), each int64 ``[product of grid]``; ``permutation[inverse] == arange``.
 
     Raises:
         TypeError: `grid` is not a sequence of integers.

@@ -19,7 +19,7 @@ Int64 = NDArray[np.int64]
 class Locality:
     """Loads of key blocks through a cache that evicts the least recently used.
 
-    Attributes:
+    Args:
         cache_blocks: Key blocks that the cache holds.
         accesses: Key blocks asked for: the layout's active blocks.
         compulsory: Distinct (head, key block) pairs among them; no order and no cache misses fewer.
@@ -46,11 +46,11 @@ def locality(layout: BlockLayout, order: NDArray[np.integer], cache_blocks: int)
     """Simulate an LRU cache of key blocks while the active blocks are visited in an order.
 
     Heads share the cache and not their keys: a block is known by (head, key block). To see what a kernel meets that
-    finishes one query row before the next, pass `group_rows(layout, order)`.
+    finishes one query row before the next, pass ``group_rows(layout, order)``.
 
     Args:
         layout: Any layout.
-        order: int `[nnz]`, a permutation of the CSR entries, such as `hilbert_order(layout)`.
+        order: int ``[nnz]``, a permutation of the CSR entries, such as ``hilbert_order(layout)``.
         cache_blocks: Key blocks that the cache holds, at least 1.
 
     Returns:
@@ -76,10 +76,10 @@ def reuse_distances(layout: BlockLayout, order: NDArray[np.integer]) -> Int64:
 
     Args:
         layout: Any layout.
-        order: int `[nnz]`, a permutation of the CSR entries.
+        order: int ``[nnz]``, a permutation of the CSR entries.
 
     Returns:
-        int64 `[nnz]`, in visiting order; -1 for the first visit to a (head, key block).
+        int64 ``[nnz]``, in visiting order; -1 for the first visit to a (head, key block).
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -108,7 +108,7 @@ def reuse_distances(layout: BlockLayout, order: NDArray[np.integer]) -> Int64:
 
 
 def _inversions(values: Int64) -> Int64:
-    """Per element of a permutation of `0 … n - 1`, how many earlier elements are greater.
+    """Per element of a permutation of ``0 … n - 1``, how many earlier elements are greater.
 
     Two elements differ first in some bit; one pass per bit, from the top, counts the pairs that differ first there.
     Before a pass the elements are grouped by their higher bits, so a group starts at its smallest value, and within a

@@ -1,6 +1,6 @@
 """Orders in which to visit the active blocks of a layout.
 
-An order is int64 `[nnz]`: a permutation of the layout's CSR entries (positions in `layout.indices`), head after head.
+An order is int64 ``[nnz]``: a permutation of the layout's CSR entries (positions in `layout.indices`), head after head.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def row_order(layout: BlockLayout) -> Int64:
         layout: Any layout.
 
     Returns:
-        int64 `[nnz]`, `0 … nnz - 1`.
+        int64 ``[nnz]``, ``0 … nnz - 1``.
     """
     _layout(layout)
     return np.arange(layout.nnz, dtype=np.int64)
@@ -40,7 +40,7 @@ def hilbert_order(layout: BlockLayout) -> Int64:
         layout: Any layout.
 
     Returns:
-        int64 `[nnz]`, a permutation of the CSR entries, head after head.
+        int64 ``[nnz]``, a permutation of the CSR entries, head after head.
 
     Source: Hilbert (1891), Červený's gilbert (2018); see `hilbert_index`.
     """
@@ -55,7 +55,7 @@ def morton_order(layout: BlockLayout) -> Int64:
         layout: Any layout.
 
     Returns:
-        int64 `[nnz]`, a permutation of the CSR entries, head after head.
+        int64 ``[nnz]``, a permutation of the CSR entries, head after head.
 
     Source: G. M. Morton (1966).
     """
@@ -72,7 +72,7 @@ def longest_first_order(layout: BlockLayout) -> Int64:
         layout: Any layout.
 
     Returns:
-        int64 `[nnz]`, a permutation of the CSR entries, head after head.
+        int64 ``[nnz]``, a permutation of the CSR entries, head after head.
 
     Source: R. L. Graham's longest-processing-time rule (1969).
     """
@@ -90,10 +90,10 @@ def group_rows(layout: BlockLayout, order: NDArray[np.integer]) -> Int64:
 
     Args:
         layout: Any layout.
-        order: int `[nnz]`, a permutation of the CSR entries.
+        order: int ``[nnz]``, a permutation of the CSR entries.
 
     Returns:
-        int64 `[nnz]`, a permutation of the CSR entries in which each row's are consecutive.
+        int64 ``[nnz]``, a permutation of the CSR entries in which each row's are consecutive.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -130,7 +130,7 @@ def checked_order(layout: BlockLayout, order: Any) -> Int64:
 
 
 def _by_place(layout: BlockLayout, place: Any) -> Int64:
-    """Sort each head's entries by `place(row, column, rows, columns)`, which is unique within a head."""
+    """Sort each head's entries by ``place(row, column, rows, columns)``, which is unique within a head."""
     heads, rows, columns = layout.shape
     out = np.empty(layout.nnz, np.int64)
     for head in range(heads):
