@@ -1,8 +1,8 @@
 """The generalised Hilbert curve of a box of any size: one rule that cuts a box into smaller boxes.
 
 A box is seen in its own coordinates ``(u, v, w)``. The curve enters at ``(0, 0, 0)`` and, unless the box is *open*,
-leaves at ``(width - 1, 0, 0)``: at the other end of the first axis. `split` says which smaller boxes it runs through, in
-which order and how each is turned; everything else here and in `hilbert.py` only composes turns.
+leaves at ``(width - 1, 0, 0)``: at the other end of the first axis. `split` says which smaller boxes it runs through,
+in which order and how each is turned; everything else here and in `hilbert.py` only composes turns.
 
 Why every step is to a neighbour: colour the cells like a chessboard. A path through all cells between the two ends
 exists only if `width` is even or ``height * depth`` is odd; call such a box *fair*. `split` cuts off even lengths, so
