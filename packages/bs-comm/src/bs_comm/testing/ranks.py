@@ -46,7 +46,7 @@ class RankPool:
     def __init__(self, world_size: int, *, threads: int = 1) -> None:
         self.world_size = world_size
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self._groups = 0
         self._group_size = 0
         self._pipes: list[Connection] = []
@@ -155,6 +155,15 @@ class RankPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _context() -> Any:
+    """Fresh processes that share one import of torch where the platform has a fork server, else spawned ones."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", __name__])
+    return context
 
 
 def _address(function: Callable[..., Any]) -> tuple[str, str, str]:
