@@ -103,6 +103,7 @@ def test_scipy_refusals():
         from_csr_array(broken, block_size=4, seq_len=12)
 
 
+@settings(max_examples=12)
 @given(layouts())
 def test_block_masks_hold_the_token_mask_and_come_back(layout):
     torch = pytest.importorskip("torch")
@@ -126,7 +127,7 @@ def test_block_masks_hold_the_token_mask_and_come_back(layout):
     assert from_block_mask(mask, causal=layout.causal, ignore_mask_mod=True) == layout
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(layouts(heads=1), st.integers(0, 2**31))
 def test_flex_attention_agrees_with_dense_attention(layout, seed):
     torch = pytest.importorskip("torch")
