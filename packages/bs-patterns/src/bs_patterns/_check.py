@@ -7,10 +7,15 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 INT32_MAX = 2**31 - 1
+#: Sizes stay below this, so that sums and products of a few of them fit int64.
+TOO_LARGE = 2**48
 
 
 def integer(name: str, value: Any, *, low: int = 1, high: int | None = None) -> int:
-    """Return ``value`` as an int in ``[low, high]``; TypeError for a non-integer, ValueError outside the range."""
+    """Return ``value`` as an int in ``[low, high]``; TypeError for a non-integer, ValueError outside the range.
+
+    Without ``high``, values of 2**48 and more are refused.
+    """
     expected = f"an integer ≥ {low}" if high is None else f"an integer in [{low}, {high}]"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
@@ -20,6 +25,8 @@ def integer(name: str, value: Any, *, low: int = 1, high: int | None = None) -> 
         raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})") from None
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name}: expected {expected}, got {number}")
+    if high is None and number >= TOO_LARGE:
+        raise ValueError(f"{name}: expected {expected} and below 2**48, got {number}")
     return number
 
 

@@ -124,7 +124,8 @@ class Spans(Levels):
     high: Int64
 
     def sizes(self, space: Space) -> Int64:
-        before, after = np.sort(self.first - self.low), np.sort(self.high - 1 - self.last)
+        before = np.sort(self.first - np.maximum(self.low, 0))
+        after = np.sort(np.minimum(self.high, space.grid.shape[1]) - 1 - self.last)
         distance = np.arange(1, max(int(before[-1]), int(after[-1]), 0) + 1)
         own = int((self.last - self.first + 1).sum())
         both = len(before) - np.searchsorted(before, distance) + len(after) - np.searchsorted(after, distance)

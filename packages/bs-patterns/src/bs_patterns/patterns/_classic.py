@@ -88,18 +88,23 @@ class ClassicPattern(Pattern):
 def check_random(count: int, seed: int | None) -> None:
     _check.integer("num_random_blocks", count, low=0)
     if seed is not None:
-        _check.integer("seed", seed, low=0)
+        _check.integer("seed", seed, low=0, high=2**64 - 1)
         if count == 0:
             raise ValueError(f"seed: expected None when num_random_blocks=0 (nothing is random), got {seed}")
 
 
+def _integers_or_none(name: str, values: Sequence[int], low: int) -> tuple[int, ...]:
+    """Check a sequence of integers that may be empty."""
+    return () if isinstance(values, list | tuple) and not values else _check.integers(name, values, low=low)
+
+
 def set_globals(pattern: ClassicPattern, starts: Sequence[int], ends: Sequence[int] | None) -> None:
     """Check and freeze the global block ranges."""
-    starts = _check.integers("global_block_indices", starts, low=0) if len(starts) else ()
+    starts = _integers_or_none("global_block_indices", starts, low=0)
     object.__setattr__(pattern, "global_block_indices", starts)
     if ends is None:
         return
-    ends = _check.integers("global_block_end_indices", ends) if len(ends) else ()
+    ends = _integers_or_none("global_block_end_indices", ends, low=1)
     object.__setattr__(pattern, "global_block_end_indices", ends)
     if len(starts) != len(ends):
         raise ValueError(f"global_block_end_indices: expected {len(starts)} of them, got {len(ends)}")

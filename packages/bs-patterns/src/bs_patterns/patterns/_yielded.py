@@ -33,7 +33,8 @@ def blocks_of(fn: Callable[[int, int, int], Iterable[Any]], grid: Grid, head: in
 
 def _keys_of(item: Any, n: int, grid: Grid) -> Int64:
     if hasattr(item, "__index__") and not isinstance(item, bool) and np.ndim(item) == 0:
-        col = grid.diagonal + int(item)
+        reach = sum(grid.shape)
+        col = grid.diagonal + min(max(int(item), -reach), reach)
         row = np.nonzero((col >= 0) & (col < grid.allowed))[0]
         return row * grid.shape[1] + col[row]
     if not isinstance(item, tuple | list | np.ndarray) or len(item) != 2:

@@ -73,7 +73,7 @@ class Fixed(ClassicPattern):
         if blocks % window:
             short = blocks - blocks % window + first
             starts = np.append(starts, max(min(short, blocks - self.num_global_blocks), 0))
-        columns = (starts[:, None] + np.arange(self.num_global_blocks)).ravel()
+        columns = (starts[:, None] + np.arange(min(self.num_global_blocks, blocks))).ravel()
         columns = unique_in_order(columns[columns < blocks])
         stages = (windows(space.grid, np.array([window])), Columns(columns))
         return Ranking(space, (*stages, rows_at(space.grid, columns)) if self.horizontal_global_attention else stages)

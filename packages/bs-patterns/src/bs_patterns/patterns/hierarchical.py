@@ -140,7 +140,11 @@ def _as_level(n: int, level: Any) -> HierarchicalLevel:
 
 @dataclass(frozen=True)
 class _LevelPairs(Levels):
-    """The pairs of one level's blocks, by distance, projected onto the layout's grid."""
+    """The pairs of one level's blocks, by distance, projected onto the layout's grid.
+
+    A row that stands at the level blocks ``first … last`` takes, at distance m · stride, the level blocks
+    ``first ± m · stride … last ± m · stride``: one range of columns per row, side and m.
+    """
 
     level: HierarchicalLevel
 
@@ -149,10 +153,10 @@ class _LevelPairs(Levels):
         row_tokens, column_tokens = space.grid.block_size
         keys = -(-space.grid.seq_len[1] // block)
         m = np.arange(self._farthest(space) // stride + 1, dtype=np.int64)
-        partners = np.where(m > 0, 1 if space.grid.causal else 2, 1)
-        overlaps = (-(-row_tokens // block)) * (-(-block // column_tokens))
+        sides = np.where(m > 0, 1 if space.grid.causal else 2, 1)
+        columns = max(-(-row_tokens // block) * block // column_tokens, 1)
         rows = space.grid.shape[0] * (keys - np.minimum(m * stride, keys - 1)) // keys
-        return np.maximum(rows * partners * overlaps, 1)
+        return np.maximum(rows * sides * columns, 1)
 
     def _farthest(self, space: Space) -> int:
         """Greatest distance in level blocks."""
@@ -163,27 +167,23 @@ class _LevelPairs(Levels):
     def blocks(self, space: Space, begin: int, end: int) -> tuple[Int64, Int64]:
         grid, stride, block = space.grid, self.level.stride, self.level.block_size
         block_k, len_k = grid.block_size[1], grid.seq_len[1]
-        first, last = (position // block for position in grid.query_spans())
-        first, last = first[grid.allowed > 0], last[grid.allowed > 0]
-        row = np.repeat(np.nonzero(grid.allowed > 0)[0], last - first + 1)
-        upper = _csr.concatenated_ranges(first, last - first + 1)
-        stops = (np.minimum(grid.allowed * block_k, len_k) - 1) // block + 1  # level blocks that hold an allowed key
-        found = []
-        for side in (-1, 1):
-            # J = I + side · m · stride must lie in [0, stops).
-            near = (
-                np.maximum(-(-(upper - stops[row] + 1) // stride), 0) if side < 0 else np.maximum(-upper, 0) // stride
-            )
-            far = (upper if side < 0 else stops[row] - 1 - upper) // stride + 1
-            near = np.maximum(near, begin if side < 0 else max(begin, 1))
-            count = np.maximum(np.minimum(far, end) - near, 0)
-            m = _csr.concatenated_ranges(near, count)
-            lower = np.repeat(upper, count) + side * stride * m
-            found.append((np.repeat(row, count), lower, m))
-        rows, lower, m = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        inside = (lower >= 0) & (lower < stops[rows])
-        rows, lower, m = rows[inside], lower[inside], m[inside]
-        low = lower * block // block_k
-        high = np.minimum((np.minimum((lower + 1) * block, len_k) - 1) // block_k + 1, grid.allowed[rows])
-        count = np.maximum(high - low, 0)
-        return _csr.concatenated_ranges(rows * grid.shape[1] + low, count), np.repeat(m, count)
+        rows = np.nonzero(grid.allowed > 0)[0]
+        first, last = (position[rows] // block for position in grid.query_spans())
+        stop = (np.minimum(grid.allowed[rows] * block_k, len_k) - 1) // block + 1  # past the last level block in reach
+        keys, levels = [], []
+        for side, nearest, farthest in (
+            (-1, -((stop - 1 - first) // stride), last // stride),
+            (1, np.maximum(-(last // stride), 1), (stop - 1 - first) // stride),
+        ):
+            nearest = np.maximum(nearest, begin)
+            count = np.maximum(np.minimum(farthest + 1, end) - nearest, 0)
+            row = np.repeat(np.arange(len(rows)), count)
+            m = _csr.concatenated_ranges(nearest, count)
+            shift = side * stride * m
+            low = np.maximum(first[row] + shift, 0) * block // block_k
+            high = np.minimum((np.minimum(last[row] + shift, stop[row] - 1) + 1) * block, len_k)
+            high = np.minimum((high - 1) // block_k + 1, grid.allowed[rows[row]])
+            width = np.maximum(high - low, 0)
+            keys.append(_csr.concatenated_ranges(rows[row] * grid.shape[1] + low, width))
+            levels.append(np.repeat(m, width))
+        return np.concatenate(keys), np.concatenate(levels)
