@@ -222,8 +222,10 @@ class TestImages:
             save_image(tmp_path / "picture.jpg", band(3, 3))
         with pytest.raises(FileNotFoundError, match=r"x\.png'$"):
             save_image(tmp_path / "nowhere" / "x.png", band(3, 3))
-        with pytest.raises(ValueError, match="title: expected a string"):
+        with pytest.raises(ValueError, match="title: expected None with a second layout"):
             render_figure(band(3, 3), band(3, 3), title="two")
+        with pytest.raises(TypeError, match="title: expected a string or None, got 5"):
+            render_figure(band(3, 3), title=5)
         assert not list(tmp_path.iterdir())
 
 

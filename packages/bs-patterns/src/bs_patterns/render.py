@@ -95,8 +95,10 @@ def render_figure(
     chosen = _heads("heads", layout, other, None if heads is None else _check.integers("heads", heads, low=0))
     if len(chosen) > _MOST_PANELS:
         raise ValueError(f"heads: expected at most {_MOST_PANELS} to draw, got {len(chosen)}; name the ones to draw")
-    if title is not None and (other is not None or not isinstance(title, str)):
-        raise ValueError(f"title: expected a string, and titles with a second layout, got {title!r}")
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title: expected a string or None, got {title!r} ({type(title).__name__})")
+    if title is not None and other is not None:
+        raise ValueError(f"title: expected None with a second layout (it has titles), got {title!r}")
     if titles is not None and other is None:
         raise ValueError(f"titles: expected None without a second layout, got {titles!r}")
     try:
