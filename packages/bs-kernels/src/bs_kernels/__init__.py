@@ -4,6 +4,7 @@ from .api import block_sparse_attention, explain_backends
 from .batched import BatchedLayout
 from .dispatch import BackendReport, BackendTable
 from .merge import merge_attention
+from .partial import PartialGradients, attention_delta, partial_backward, partial_forward, sinks_gradient
 from .plan import LayoutPlan
 from .token_mask import TokenMask
 
@@ -14,9 +15,14 @@ __all__ = [
     "BackendTable",
     "BatchedLayout",
     "LayoutPlan",
+    "PartialGradients",
     "TokenMask",
     "__version__",
+    "attention_delta",
     "block_sparse_attention",
     "explain_backends",
     "merge_attention",
+    "partial_backward",
+    "partial_forward",
+    "sinks_gradient",
 ]

@@ -185,9 +185,7 @@ def _attn_bias(bias: Any, q: Tensor, lengths: tuple[int, int]) -> Tensor | None:
     full = (q.shape[0], q.shape[2], *lengths)
     fits = bias.ndim <= 4 and all(have in (1, want) for have, want in zip(bias.shape[::-1], full[::-1], strict=False))
     if not fits:
-        raise ValueError(
-            f"attn_bias: expected a shape that broadcasts to {list(full)}, got {list(bias.shape)}"
-        )
+        raise ValueError(f"attn_bias: expected a shape that broadcasts to {list(full)}, got {list(bias.shape)}")
     _same_device("attn_bias", bias, q)
     return bias[(None,) * (4 - bias.ndim)]
 
@@ -203,9 +201,7 @@ def _block_bias(bias: Any, q: Tensor, layout: Any, plan: LayoutPlan) -> Tensor |
     if plan.digest is None and bias.ndim == 4:  # a BatchedLayout: shaped like its indices
         wanted = (plan.batch, plan.heads, plan.q_blocks)
         if bias.shape[:3] != wanted or bias.numel() != nnz:
-            raise ValueError(
-                f"block_bias: expected the indices' shape ({nnz} slots), got {list(bias.shape)}"
-            )
+            raise ValueError(f"block_bias: expected the indices' shape ({nnz} slots), got {list(bias.shape)}")
         return bias.reshape(1, 1, nnz)
     fits = 1 <= bias.ndim <= 3 and all(
         have in (1, want) for have, want in zip(bias.shape[-2::-1], (heads, batch), strict=False)

@@ -37,5 +37,8 @@ def derived(plan: LayoutPlan, key: Hashable, build: Callable[[], T]) -> T:
             return held[key][1]
     value = build()
     with _lock:
-        _by_tensor.setdefault(anchor, {})[key] = (stamp, value)
+        held = _by_tensor.get(anchor)
+        if held is None:
+            held = _by_tensor[anchor] = {}
+        held[key] = (stamp, value)
     return value

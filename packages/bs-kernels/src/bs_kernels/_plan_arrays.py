@@ -50,7 +50,7 @@ def _longest_first(counts: NDArray[np.integer]) -> Int32:
     return stable_argsort(longest - counts, longest + 1).astype(np.int32)
 
 
-def _first_visit(groups: Int64, count: int) -> Int32:
+def _first_visit(groups: NDArray[np.integer], count: int) -> Int32:
     """All groups ``0 … count − 1`` in the order in which ``groups`` first names them, unnamed ones last."""
     named, first = np.unique(groups, return_index=True)
     rank = np.full(count, len(groups), np.int64)

@@ -13,7 +13,7 @@ from ._arguments import make_call
 from .backends.base import Call
 from .batched import BatchedLayout
 from .dispatch import BackendTable, explain, get_backend
-from .op import attention, plan_sizes, problem_of
+from .op import problem_of, run_forward
 from .plan import LayoutPlan
 
 __all__ = ["block_sparse_attention", "explain_backends"]
@@ -111,27 +111,7 @@ def block_sparse_attention(
         deterministic=deterministic,
         page_table=page_table,
     )
-    out, lse = attention(
-        call.q,
-        call.k,
-        call.v,
-        list(call.plan.tensors),
-        plan_sizes(call.plan),
-        call.scale,
-        call.key_padding_mask,
-        call.q_segments,
-        call.kv_segments,
-        call.attn_bias,
-        call.block_bias,
-        call.sinks,
-        call.page_table,
-        call.dropout_p,
-        call.dropout_seed,
-        call.deterministic,
-        False,
-        gradient_flags(call),
-        backend,
-    )
+    out, lse = run_forward(call, gradient_flags(call), backend, accumulate_out=False)
     return (out, lse) if return_lse else out
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._double_backward import differentiable_backward
+from ._identities import attention_delta, sinks_gradient
 from .backends.base import Call, Needs, Problem
 from .dispatch import select
 from .plan import LayoutPlan
 from .token_mask import TokenMask
 
-__all__ = ["attention", "attention_backward", "plan_sizes", "problem_of"]
-
-_NEG_INF = float("-inf")
+__all__ = ["attention", "attention_backward", "plan_sizes", "problem_of", "run_backward", "run_forward"]
 
 
 def plan_sizes(plan: LayoutPlan) -> list[int]:
@@ -241,10 +241,67 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     attn_bias, block_bias = rest[6], rest[7]
     accumulate_out, flags = rest[12], rest[13]
-    grads = tuple(x.new_empty(x.shape, dtype=lse.dtype if accumulate_out else x.dtype) for x in (q, k, v))
+    dq, dk, dv = (x.new_empty(x.shape, dtype=lse.dtype if accumulate_out else x.dtype) for x in (q, k, v))
     attn = lse.new_empty(attn_bias.shape if flags[1] else 0)
     block = lse.new_empty(block_bias.shape if flags[2] else 0)
-    return *grads, attn, block
+    return dq, dk, dv, attn, block
+
+
+# -- calling them ------------------------------------------------------------------------------------------------------
+
+
+def run_forward(call: Call, flags: list[int], backend: str, *, accumulate_out: bool) -> tuple[Tensor, Tensor]:
+    """Call `attention`; differentiable."""
+    return attention(
+        call.q,
+        call.k,
+        call.v,
+        list(call.plan.tensors),
+        plan_sizes(call.plan),
+        call.scale,
+        call.key_padding_mask,
+        call.q_segments,
+        call.kv_segments,
+        call.attn_bias,
+        call.block_bias,
+        call.sinks,
+        call.page_table,
+        call.dropout_p,
+        call.dropout_seed,
+        call.deterministic,
+        accumulate_out,
+        flags,
+        backend,
+    )
+
+
+def run_backward(
+    call: Call, dout: Tensor, lse: Tensor, delta: Tensor, flags: list[int], backend: str, *, accumulate_out: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Call `attention_backward`; differentiable in eager mode."""
+    return attention_backward(
+        dout,
+        lse,
+        delta,
+        call.q,
+        call.k,
+        call.v,
+        list(call.plan.tensors),
+        plan_sizes(call.plan),
+        call.scale,
+        call.key_padding_mask,
+        call.q_segments,
+        call.kv_segments,
+        call.attn_bias,
+        call.block_bias,
+        call.page_table,
+        call.dropout_p,
+        call.dropout_seed,
+        call.deterministic,
+        accumulate_out,
+        flags,
+        backend,
+    )
 
 
 # -- autograd ----------------------------------------------------------------------------------------------------------
@@ -255,47 +312,58 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     out, lse = output
     ctx.save_for_backward(q, k, v, padding, q_seg, kv_seg, attn_bias, block_bias, sinks, table, seed, out, lse, *plan)
     ctx.sizes, ctx.scale, ctx.dropout_p = sizes, scale, p
-    ctx.deterministic, ctx.accumulate_out, ctx.flags, ctx.backend = rest
+    ctx.deterministic, _, ctx.flags, ctx.backend = rest
 
 
 def _differentiate(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    q, k, v, padding, q_seg, kv_seg, attn_bias, block_bias, sinks, table, seed, out, lse = saved[:13]
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2) - dlse
-    delta = delta.masked_fill(lse == _NEG_INF, 0)
-    # The backward returns gradients of the inputs' own dtype, whatever dtype the output had.
-    dq, dk, dv, d_attn, d_block = attention_backward(
-        dout,
-        lse,
-        delta,
-        q,
-        k,
-        v,
-        list(saved[13:]),
-        ctx.sizes,
-        ctx.scale,
-        padding,
-        q_seg,
-        kv_seg,
-        attn_bias,
-        block_bias,
-        table,
-        ctx.dropout_p,
-        seed,
-        ctx.deterministic,
-        False,
-        ctx.flags,
-        ctx.backend,
+    q, k, v, padding, q_seg, kv_seg, attn_bias, block_bias, sinks, table, seed, out, lse, *plan = ctx.saved_tensors
+    delta = attention_delta(dout, out, lse, dlse)
+    rest = (ctx.dropout_p, seed, ctx.deterministic)
+    call = _call_of(
+        q, k, v, plan, ctx.sizes, ctx.scale, padding, q_seg, kv_seg, attn_bias, block_bias, None, table, *rest
     )
-    d_sinks = None
-    if sinks is not None:
-        logits = sinks.to(lse.dtype).view(1, -1, 1)
-        weight = torch.exp(logits - lse.masked_fill(lse == _NEG_INF, 0))
-        d_sinks = -(weight * delta).sum((0, 2)).to(sinks.dtype)
+    # Gradients come in the inputs' own dtype, whatever dtype the output had.
+    dq, dk, dv, d_attn, d_block = run_backward(call, dout, lse, delta, ctx.flags, ctx.backend, accumulate_out=False)
+    d_sinks = None if sinks is None else sinks_gradient(sinks, lse, delta)
     attn = d_attn.to(attn_bias.dtype) if ctx.flags[1] else None
     block = d_block.to(block_bias.dtype) if ctx.flags[2] else None
-    plan = saved[13:]
     return dq, dk, dv, [None] * len(plan), *(None,) * 5, attn, block, d_sinks, *(None,) * 7
 
 
 attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    dout, lse, delta, q, k, v, plan, sizes, scale, padding, q_seg, kv_seg, attn_bias, block_bias, *rest = inputs
+    table, p, seed, deterministic = rest[:4]
+    ctx.save_for_backward(dout, lse, delta, q, k, v, padding, q_seg, kv_seg, attn_bias, block_bias, table, seed, *plan)
+    ctx.sizes, ctx.scale, ctx.dropout_p, ctx.deterministic = sizes, scale, p, deterministic
+
+
+def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    dout, lse, delta, q, k, v, padding, q_seg, kv_seg, attn_bias, block_bias, table, seed, *plan = ctx.saved_tensors
+    with torch.enable_grad():
+        wanted = [dout, lse, delta, q, k, v]
+        wanted += [x for x in (attn_bias, block_bias) if x is not None and x.is_floating_point()]
+        leaves = {id(x): x.detach().requires_grad_() for x in wanted}
+
+        def leaf(x: Tensor | None) -> Tensor | None:
+            return None if x is None else leaves.get(id(x), x)
+
+        tensors = (leaf(q), leaf(k), leaf(v), plan, ctx.sizes, ctx.scale, padding, q_seg, kv_seg)
+        rest = (leaf(attn_bias), leaf(block_bias), None, table, ctx.dropout_p, seed, ctx.deterministic)
+        call = _call_of(*tensors, *rest)  # type: ignore[arg-type]
+        outs = differentiable_backward(call, *(leaves[id(x)] for x in (dout, lse, delta)))
+        pairs = [
+            (out, grad.to(out.dtype)) for out, grad in zip(outs, grads, strict=True) if out.numel() and grad.numel()
+        ]
+        found = torch.autograd.grad(
+            [out for out, _ in pairs], list(leaves.values()), [grad for _, grad in pairs], allow_unused=True
+        )
+    got = {key: None if g is None else g.to(x.dtype) for (key, x), g in zip(leaves.items(), found, strict=True)}
+    attn, block = (got.get(id(x)) for x in (attn_bias, block_bias))
+    before = [got[id(x)] for x in (dout, lse, delta, q, k, v)]
+    return *before, [None] * len(plan), *(None,) * 5, attn, block, *(None,) * 7
+
+
+attention_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)

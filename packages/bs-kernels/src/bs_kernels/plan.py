@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+import bs_patterns
+from bs_memory import DeviceCache
 from bs_patterns import BlockLayout
 
 from ._geometry import Geometry, Positions
 from ._plan_arrays import build_arrays
-from ._plan_cache import cached_plan
 from .batched import BatchedLayout, batched_lists
 from .token_mask import TokenMask
 
@@ -145,16 +146,14 @@ class LayoutPlan:
             token_mask = TokenMask(causal=layout.causal)
         if layout.causal and not token_mask.causal:
             raise ValueError("causal: expected True or None for a causal layout, got False")
-        geometry = Geometry.of(
-            layout.block_size, layout.seq_len, layout.shape[-2:], q_start, kv_start, q_bounds, kv_bounds
-        )
+        given = (q_start, kv_start, q_bounds, kv_bounds)
         if isinstance(layout, BatchedLayout):
-            return _build_batched(layout, token_mask, order, geometry)
-        layout.validate()
-        name, visit = _resolve_order(layout, order)
-        digest = _digest(layout.digest, token_mask, name, visit if name == "custom" else None, geometry)
+            return _build_batched(layout, token_mask, order, given)
         device = torch.device(device)
-        return cached_plan((digest, device), lambda: _build(layout, token_mask, device, name, visit, geometry, digest))
+        name = order if isinstance(order, str) else "custom"
+        visit = None if isinstance(order, str) else np.asarray(order)
+        what = (layout.digest, token_mask.band, name, _content(visit), *map(_content, given))
+        return _plans.get_or_build(what, lambda: _build(layout, token_mask, device, name, visit, given), device=device)
 
     # -- views -------------------------------------------------------------------------------------------------------
 
@@ -217,17 +216,27 @@ pytree.register_pytree_node(
 _ORDERS = ("auto", "row", "longest_first", "hilbert", "morton")
 
 
-def _resolve_order(layout: BlockLayout, order: str | np.ndarray) -> tuple[str, np.ndarray | None]:
-    """The name of an order and, where the entries move, their visiting order."""
-    if not isinstance(order, str):
-        return "custom", np.asarray(order)
-    if order not in _ORDERS:
-        raise ValueError(f"order: expected one of {', '.join(_ORDERS)} or int64[{layout.nnz}], got {order!r}")
-    if order in ("hilbert", "morton"):
-        import bs_patterns
+#: Every plan of a `BlockLayout` that was built lately.
+_plans = DeviceCache(max_bytes=1 << 28, max_entries=256)
 
-        return order, getattr(bs_patterns, f"{order}_order")(layout)
-    return order, None
+
+def _content(value: Positions) -> object:
+    """Something hashable that tells positions apart."""
+    if value is None or isinstance(value, int):
+        return value
+    array = np.ascontiguousarray(value)
+    return array.dtype.str, array.shape, array.tobytes()
+
+
+def _visiting_order(layout: BlockLayout, name: str, visit: np.ndarray | None) -> np.ndarray | None:
+    """int64[nnz] visiting order of the entries, or None where they stay in CSR order."""
+    if name == "custom":
+        return visit
+    if name not in _ORDERS:
+        raise ValueError(f"order: expected one of {', '.join(_ORDERS)} or int64[{layout.nnz}], got {name!r}")
+    if name in ("hilbert", "morton"):
+        return getattr(bs_patterns, f"{name}_order")(layout)
+    return None
 
 
 def _digest(layout: str, mask: TokenMask, name: str, visit: np.ndarray | None, geometry: Geometry) -> str:
@@ -249,11 +258,13 @@ def _build(
     device: torch.device,
     name: str,
     visit: np.ndarray | None,
-    geometry: Geometry,
-    digest: str,
+    given: tuple[Positions, ...],
 ) -> LayoutPlan:
+    layout.validate()
     if layout.nnz >= 2**31:
         raise ValueError(f"layout: expected fewer than 2**31 active blocks (int32 lists), got {layout.nnz}")
+    geometry = Geometry.of(layout.block_size, layout.seq_len, layout.shape[1:], *given)
+    visit = _visiting_order(layout, name, visit)
     arrays = build_arrays(
         layout.indptr,
         layout.indices,
@@ -275,15 +286,16 @@ def _build(
         token_mask=token_mask,
         layout_nnz=layout.nnz,
         order=name,
-        digest=digest,
+        digest=_digest(layout.digest, token_mask, name, visit, geometry),
     )
 
 
 def _build_batched(
-    layout: BatchedLayout, token_mask: TokenMask, order: str | np.ndarray, geometry: Geometry
+    layout: BatchedLayout, token_mask: TokenMask, order: str | np.ndarray, given: tuple[Positions, ...]
 ) -> LayoutPlan:
     if not isinstance(order, str) or order not in ("auto", "longest_first"):
         raise ValueError(f"order: expected 'auto' or 'longest_first' for a BatchedLayout, got {order!r}")
+    geometry = Geometry.of(layout.block_size, layout.seq_len, layout.shape[2:], *given)
     tensors = _geometry_tensors(geometry, layout.device)
     last = {
         "q_last": tensors["q_start"] + tensors["q_bounds"].diff() - 1,

@@ -32,16 +32,18 @@ def _copy_blocks(blocked: Tensor, tokens: Tensor, block: int, *, into_tokens: bo
     """Copy between ``blocked`` [B, n, block, …] and ``tokens`` [B, S, …] (either may be strided and of any dtype)."""
     length = tokens.shape[1]
     whole = length // block
-    pairs = []
+    rest = length - whole * block
     if whole:
-        pairs.append((blocked[:, :whole], tokens[:, : whole * block].unflatten(1, (whole, block))))
-    if length > whole * block:
-        pairs.append((blocked[:, whole, : length - whole * block], tokens[:, whole * block :]))
-    for a, b in pairs:
-        if into_tokens:
-            b.copy_(a)
-        else:
-            a.copy_(b)
+        _copy(blocked[:, :whole], tokens[:, : whole * block].unflatten(1, (whole, block)), into_tokens)
+    if rest:
+        _copy(blocked[:, whole, :rest], tokens[:, whole * block :], into_tokens)
+
+
+def _copy(blocked: Tensor, tokens: Tensor, into_tokens: bool) -> None:
+    if into_tokens:
+        tokens.copy_(blocked)
+    else:
+        blocked.copy_(tokens)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..philox import keep_mask
 from ._chunks import Chunk, Schedule
-from ._packing import add_rows_, pack_tokens
+from ._packing import pack_tokens
 from .base import Call
 
 __all__ = ["ChunkScores", "Frame"]
@@ -148,13 +148,12 @@ class ChunkScores:
         frame, call, chunk = self.frame, self.frame.call, self.chunk
         s = scores.view(self.shape)
         if call.block_bias is not None:
-            s += call.block_bias[self._block_bias_index].to(s.dtype)[:, :, :, None, :, None]
+            s += self.block_bias_values(s.dtype)
         if call.attn_bias is not None:
-            bias = call.attn_bias[self._attn_bias_index]
-            if bias.dtype == torch.bool:
-                s.masked_fill_(~bias, _NEG_INF)
+            if call.attn_bias.dtype == torch.bool:
+                s.masked_fill_(~call.attn_bias[self._attn_bias_index], _NEG_INF)
             else:
-                s += bias.to(s.dtype)
+                s += self.attn_bias_values(s.dtype)
         if chunk.cut:
             s[..., chunk.blocks.shape[1] - chunk.cut :, :].masked_fill_(self._outside_band[None, :, None], _NEG_INF)
         if chunk.max_padding:
@@ -195,16 +194,27 @@ class ChunkScores:
             call.dropout_p,
         )
 
-    # -- gradients of the biases ---------------------------------------------------------------------------------------
+    # -- biases and their gradients ------------------------------------------------------------------------------------
 
-    def add_block_bias_gradient_(self, gradient: Tensor, dscores: Tensor) -> None:
-        """Add this chunk's part to the gradient of ``block_bias``."""
+    def block_bias_values(self, dtype: torch.dtype) -> Tensor:
+        """``block_bias`` of this chunk, broadcastable to ``[E, R, g, bq, n, bk]``."""
         assert self.frame.call.block_bias is not None
-        _add_at_(gradient, self._block_bias_index, dscores.view(self.shape).sum((3, 5)))
+        return self.frame.call.block_bias[self._block_bias_index].to(dtype)[:, :, :, None, :, None]
 
-    def add_attn_bias_gradient_(self, gradient: Tensor, dscores: Tensor) -> None:
-        """Add this chunk's part to the gradient of a floating ``attn_bias``."""
-        _add_at_(gradient, self._attn_bias_index, dscores.view(self.shape))
+    def attn_bias_values(self, dtype: torch.dtype) -> Tensor:
+        """A floating ``attn_bias`` of this chunk, broadcastable to ``[E, R, g, bq, n, bk]``."""
+        assert self.frame.call.attn_bias is not None
+        return self.frame.call.attn_bias[self._attn_bias_index].to(dtype)
+
+    def block_bias_gradient(self, dscores: Tensor) -> tuple[Tensor, Tensor]:
+        """This chunk's part of the gradient of ``block_bias``: flat positions (may repeat) and values, 1-D."""
+        assert self.frame.call.block_bias is not None
+        return _flat(self._block_bias_index, self.frame.call.block_bias.shape, dscores.view(self.shape).sum((3, 5)))
+
+    def attn_bias_gradient(self, dscores: Tensor) -> tuple[Tensor, Tensor]:
+        """This chunk's part of the gradient of a floating ``attn_bias``, likewise."""
+        assert self.frame.call.attn_bias is not None
+        return _flat(self._attn_bias_index, self.frame.call.attn_bias.shape, dscores.view(self.shape))
 
     @cached_property
     def _block_bias_index(self) -> tuple[Tensor, ...]:
@@ -237,11 +247,9 @@ def _collapse(index: tuple[Tensor, ...], shape: torch.Size) -> tuple[Tensor, ...
     return tuple(zero if size == 1 else i for i, size in zip(index, shape, strict=True))
 
 
-def _add_at_(gradient: Tensor, index: tuple[Tensor, ...], values: Tensor) -> None:
-    """``gradient[index] += values`` with repeats; ``values`` is first summed over what ``index`` broadcasts."""
-    flat: Tensor | int = 0
-    for i, size in zip(index, gradient.shape, strict=True):
+def _flat(index: tuple[Tensor, ...], shape: torch.Size, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat positions in a tensor of ``shape`` and, 1-D, ``values`` summed over what ``index`` broadcasts."""
+    flat: Tensor = index[0]
+    for i, size in zip(index[1:], shape[1:], strict=True):
         flat = flat * size + i
-    assert isinstance(flat, Tensor)
-    values = values.sum_to_size(flat.shape) if flat.ndim == values.ndim else values.sum_to_size((1,) * values.ndim)
-    add_rows_(gradient.view(-1), flat.flatten(), values.flatten())
+    return flat.flatten(), values.sum_to_size(flat.shape).flatten()

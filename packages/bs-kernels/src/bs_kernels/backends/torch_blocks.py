@@ -129,9 +129,9 @@ class _Run:
                 weights.view(at.shape).mul_(keep).div_(1 - call.dropout_p)
             self._add_keys_(dv, at, tiles.as_operand(weights), do_c, tiles)
             if d_block is not None:
-                at.add_block_bias_gradient_(d_block, dscores)
+                add_rows_(d_block.view(-1), *at.block_bias_gradient(dscores))
             if d_attn is not None:
-                at.add_attn_bias_gradient_(d_attn, dscores)
+                add_rows_(d_attn.view(-1), *at.attn_bias_gradient(dscores))
             dscores = tiles.as_operand(dscores)
             dq_c = torch.bmm(dscores, k_c).to(self.dtype)
             dq.index_copy_(0, at.q_index, dq_c if chunk.first else dq_c.add_(dq.index_select(0, at.q_index)))

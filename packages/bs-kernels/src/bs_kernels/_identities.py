@@ -1,0 +1,44 @@
+"""What follows from a saved output and LSE, whatever backend made them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["attention_delta", "sinks_gradient"]
+
+_NEG_INF = float("-inf")
+
+
+def attention_delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None = None) -> Tensor:
+    """``Σ_d dout · out − dlse``: what a backward pass subtracts from every dP of a query.
+
+    Args:
+        dout, out: [B, S, H, Dv]; gradient of the output, and the output.
+        lse: [B, H, S]; of the whole softmax.
+        dlse: [B, H, S]; gradient that arrives through the LSE, or None.
+
+    Returns:
+        [B, H, S] in the dtype of ``lse``; 0 for queries without keys.
+
+    Source:
+        Dao, Fu, Ermon, Rudra, Ré, "FlashAttention", 2022, with ∂lse/∂s = P added.
+    """
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+    if dlse is not None:
+        delta = delta - dlse.to(lse.dtype)
+    return delta.masked_fill(lse == _NEG_INF, 0)
+
+
+def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Gradient of the sink logits.
+
+    Args:
+        sinks: [H].
+        lse: [B, H, S]; of the whole softmax, sinks included.
+        delta: [B, H, S]; from `attention_delta`.
+
+    Returns:
+        [H] in the dtype of ``sinks``: −Σ exp(sink − lse) · delta.
+    """
+    weight = (sinks.to(lse.dtype).view(1, -1, 1) - lse.masked_fill(lse == _NEG_INF, 0)).exp()
+    return -(weight * delta).sum((0, 2)).to(sinks.dtype)
