@@ -268,7 +268,7 @@ def idle_addresses(pool, sizes, priorities=None):
 
 
 def idle_sizes(pool):
-    return sorted(block.nbytes for account in pool._accounts.values() for block in account._idle())
+    return sorted(block.bucket.charge for account in pool._accounts.values() for block in account._idle())
 
 
 def test_the_budget_evicts_the_least_recently_used():

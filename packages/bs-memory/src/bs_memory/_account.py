@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections import deque
 
 import torch
 
@@ -15,13 +16,25 @@ class Account:
     order of the list, then `lock`.
     """
 
-    __slots__ = ("buckets", "device", "evictions", "held", "high_water", "lock", "max_bytes")
+    __slots__ = (
+        "abandoned",
+        "abandoned_count",
+        "buckets",
+        "device",
+        "evictions",
+        "held",
+        "high_water",
+        "lock",
+        "max_bytes",
+    )
 
     def __init__(self, device: torch.device, max_bytes: int | None) -> None:
         self.device = device
         self.max_bytes = max_bytes
         self.lock = threading.Lock()
         self.buckets: list[Bucket] = []  # appended to under the pool's lock, copied here in one atomic step
+        self.abandoned: deque[Block] = deque()  # by Block.__del__, wherever the collector strikes
+        self.abandoned_count = 0
         self.held = 0
         self.high_water = 0
         self.evictions = 0
@@ -60,11 +73,12 @@ class Account:
 
     def trim(self, target_bytes: int) -> int:
         """Evicts until at most `target_bytes` are idle; returns the bytes given up."""
-        return self.evict(sum(block.nbytes for block in self._idle()) - target_bytes)
+        self.settle_abandoned()
+        return self.evict(sum(block.bucket.charge for block in self._idle()) - target_bytes)
 
     def halve(self) -> int:
         """Evicts half of the idle bytes; returns the bytes given up."""
-        return self.evict(sum(block.nbytes for block in self._idle()) // 2)
+        return self.evict(sum(block.bucket.charge for block in self._idle()) // 2)
 
     def evict(self, nbytes: int) -> int:
         """Gives up idle blocks worth at least `nbytes`, lowest priority first, then oldest; returns the bytes."""
@@ -80,18 +94,37 @@ class Account:
                     continue
                 block.bucket.free.remove(block)
                 self.settle(block, evicted=True)
-            freed += block.nbytes
+            freed += block.bucket.charge
             drop(block)
         return freed
 
-    def settle(self, block: Block, *, evicted: bool = False) -> None:
+    def settle(self, block: Block, *, evicted: bool = False, abandoned: bool = False) -> None:
         """Stops counting a block that was just taken out of its bucket, or will not return there.
 
         Called with the bucket's lock held, so that nobody sees the block neither idle nor leased and yet counted.
         """
         with self.lock:
-            self.held -= block.nbytes
+            self.held -= block.bucket.charge
             self.evictions += evicted
+            self.abandoned_count += abandoned
+
+    def settle_abandoned(self) -> None:
+        """Books out abandoned blocks; their memory lives as long as the tensors that somebody may still hold."""
+        while self.abandoned:
+            try:
+                block = self.abandoned.popleft()
+            except IndexError:
+                return
+            bucket = block.bucket
+            with bucket.lock:
+                assert block.request is not None
+                bucket.leased -= 1
+                bucket.requested -= block.request.nbytes
+                block.request = None
+                self.settle(block, abandoned=True)
+            if bucket.streams is not None:
+                block.fences = [(stream, None) for stream in (block.home, *block.extra)]
+            drop(block)
 
     def orphan(self) -> None:
         """In a forked child: everything here belongs to the parent."""

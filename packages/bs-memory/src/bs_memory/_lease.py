@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bs_memory._errors import LeaseError
+from bs_memory._storage import Block, drop
 
 if TYPE_CHECKING:
     from bs_memory._pool import BufferPool
-    from bs_memory._storage import Block
 
 
 class Lease:
@@ -20,17 +20,15 @@ class Lease:
     somebody may still hold its tensor, so that the pool gives the buffer up instead of reusing it, and counts it.
     """
 
-    __slots__ = ("__weakref__", "_block", "_extra_streams", "_pool", "_requested", "_tensor")
+    __slots__ = ("__weakref__", "_block", "_pool", "_tensor")
 
-    _block: "Block | None"
+    _block: Block | None
     _tensor: torch.Tensor | None
 
-    def __init__(self, pool: "BufferPool", block: "Block", tensor: torch.Tensor, requested: int) -> None:
+    def __init__(self, pool: "BufferPool", block: Block, tensor: torch.Tensor) -> None:
         self._pool = pool
         self._block = block
         self._tensor = tensor
-        self._requested = requested
-        self._extra_streams: tuple[Any, ...] = ()
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -40,7 +38,7 @@ class Lease:
             LeaseError: after the release.
         """
         tensor = self._tensor
-        if tensor is None:
+        if tensor is None or self._block is None:
             raise LeaseError("lease: expected one that is held, got one already released")
         return tensor
 
@@ -58,7 +56,18 @@ class Lease:
         Raises:
             LeaseError: if it was released before.
         """
-        self._pool._release(self)
+        block = self._block
+        if block is None:
+            raise LeaseError("lease: expected one that is held, got one already released")
+        bucket = block.bucket
+        with bucket.lock:
+            if self._block is None:  # another thread was faster
+                raise LeaseError("lease: expected one that is held, got one already released")
+            self._block = None
+            kept = bucket.take_back(block)
+        self._tensor = None  # outside the lock: a graph that hangs on it may run destructors
+        if not kept:
+            drop(block)
 
     def record_stream(self, stream: Any) -> None:
         """Tells the pool that `stream` uses the buffer too, besides those current at lease and release.
@@ -75,7 +84,7 @@ class Lease:
             raise LeaseError("lease: expected one that is held, got one already released")
         if block.bucket.streams is None:
             raise ValueError(f"stream: expected none for a buffer on {block.bucket.device}, got {stream!r}")
-        self._extra_streams = (*self._extra_streams, stream)
+        block.extra = (*block.extra, stream)
 
     def __enter__(self) -> torch.Tensor:
         return self.tensor
@@ -85,16 +94,10 @@ class Lease:
     ) -> None:
         # An exception on its way out is worth more than the complaint about a second release.
         if exc_type is None or self._block is not None:
-            self._pool._release(self)
+            self.release()
 
     def __repr__(self) -> str:
         tensor = self._tensor
         if tensor is None:
             return "Lease(released)"
         return f"Lease({tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
-
-    def __del__(self) -> None:
-        # Runs wherever the collector strikes, possibly under one of the pool's locks: only an atomic append is safe.
-        block = getattr(self, "_block", None)
-        if block is not None:
-            self._pool._abandoned.append((block, self._requested, self._extra_streams))

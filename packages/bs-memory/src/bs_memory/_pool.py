@@ -4,7 +4,6 @@ import itertools
 import math
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -19,9 +18,9 @@ from bs_memory._lease import Lease
 from bs_memory._oom import is_oom_error
 from bs_memory._pressure import MemoryPressure, PressureLevel, default_pressure
 from bs_memory._readings import MemoryReading
-from bs_memory._request import Request, checked_shape
+from bs_memory._request import checked_shape
 from bs_memory._stats import PoolStats, collect
-from bs_memory._storage import OF_A_GRAPH, Block, Bucket, drop
+from bs_memory._storage import NONE, OF_A_GRAPH, Block, Bucket, Request, drop
 from bs_memory._streams import StreamBackend, streams_of
 
 _MAX_REQUESTS = 4096  # distinct requests remembered; shapes that never repeat must not pile up
@@ -74,7 +73,8 @@ class BufferPool:
         if not (pressure is None or pressure == "auto" or isinstance(pressure, MemoryPressure)):
             raise TypeError(f"pressure: expected a MemoryPressure, 'auto' or None, got {pressure!r}")
         self._max_bytes = max_bytes
-        self._alignment = alignment
+        # torch aligns to 64 bytes on a CPU and to 512 on CUDA; only a wider wish needs room to shift in.
+        self._slack = 0 if alignment <= ALIGNMENT else alignment
         self._pressure = default_pressure() if pressure == "auto" else pressure
         self._poison = poison
         self._streams = streams
@@ -97,10 +97,7 @@ class BufferPool:
         self._buckets: dict[tuple[torch.device, torch.dtype, int, bool], Bucket] = {}
         self._accounts: dict[torch.device, Account] = {}
         self._requests: dict[Any, Request] = {}
-        # Written by Lease.__del__, from whichever thread the collector runs in; emptied by _settle_abandoned.
-        self._abandoned: deque[tuple[Block, int, tuple[Any, ...]]] = deque()
-        self._abandoned_count = 0
-        self._ticks = itertools.count(1)
+        self._next_tick = itertools.count(1).__next__
 
     # ---------------------------------------------------------------- leasing
 
@@ -149,23 +146,26 @@ class BufferPool:
             request = self._resolve(shape, dtype, device, pinned)
         bucket = request.bucket
         if bucket.streams is not None:
-            block = self._take_on_stream(bucket, request.nbytes)
+            block = self._take_on_stream(request)
         else:
             with bucket.lock:
                 if bucket.free:
                     block = bucket.free.pop()
-                    bucket.count_lease(block, request.nbytes, hit=True)
+                    # Bucket.lend by hand: a call would cost a twentieth of the whole.
+                    bucket.hits += 1
+                    bucket.leased += 1
+                    bucket.requested += request.nbytes
+                    block.request = request
                 else:
                     block = None
         if block is None:
-            block = self._grow(bucket, request.nbytes)
+            block = self._grow(request)
         block.priority = priority
         if block.view_of is not request:
-            block.reshape(request.numel, request.shape)
-            block.view_of = request
+            block.reshape(request)
         # detach() makes a tensor object without history: a graph or a requires_grad that the last holder hung on its
         # own tensor stays with that one.
-        return Lease(self, block, block.view.detach(), request.nbytes)
+        return Lease(self, block, block.view.detach())
 
     def release(self, lease: Lease) -> None:
         """Gives a lease of this pool back; the same as `lease.release()`.
@@ -178,30 +178,7 @@ class BufferPool:
             raise TypeError(f"lease: expected a Lease, got {type(lease).__name__}")
         if lease._pool is not self:
             raise LeaseError("lease: expected one that this pool issued, got one of another pool")
-        self._release(lease)
-
-    def _release(self, lease: Lease) -> None:
-        block = lease._block
-        if block is None:
-            raise LeaseError("lease: expected one that is held, got one already released")
-        bucket = block.bucket
-        with bucket.lock:
-            if lease._block is None:  # another thread was faster
-                raise LeaseError("lease: expected one that is held, got one already released")
-            lease._block = lease._tensor = None
-            bucket.count_return(block, lease._requested)
-            if self._poison:
-                bucket.poison(block)
-            keep = block.epoch == bucket.epoch and not bucket.discard
-            if bucket.streams is not None:
-                keep = bucket.fence(block, lease._extra_streams) and keep
-            if keep:
-                block.tick = next(self._ticks)
-                bucket.free.append(block)
-            else:
-                bucket.account.settle(block)
-        if not keep:
-            drop(block)
+        lease.release()
 
     # ---------------------------------------------------------------- shrinking
 
@@ -223,7 +200,6 @@ class BufferPool:
         if target_bytes < 0:
             raise ValueError(f"target_bytes: expected a number of bytes ≥ 0, got {target_bytes}")
         where = None if device is None else canonical_device(device)
-        self._settle_abandoned()
         return sum(account.trim(target_bytes) for account in self._accounts_on(where))
 
     def clear(self) -> int:
@@ -236,12 +212,11 @@ class BufferPool:
             PoolClosedError: if the pool is closed.
         """
         self._check_open()
-        self._settle_abandoned()
         accounts = self._accounts_on(None)
         for account in accounts:
             for bucket in list(account.buckets):
                 with bucket.lock:
-                    bucket.epoch += 1
+                    bucket.renew()
         return sum(account.trim(0) for account in accounts)
 
     def close(self) -> None:
@@ -256,7 +231,7 @@ class BufferPool:
             for bucket in list(account.buckets):
                 with bucket.lock:
                     bucket.closed = True
-                    bucket.epoch += 1
+                    bucket.keeps = NONE
                     idle, bucket.free = bucket.free, []
                     for block in idle:
                         account.settle(block)
@@ -282,9 +257,10 @@ class BufferPool:
 
         Taken bucket by bucket: exact when no other thread leases meanwhile, off by the leases under way otherwise.
         """
-        self._settle_abandoned()
-        where = None if device is None else canonical_device(device)
-        return collect(self._accounts_on(where), self._abandoned_count)
+        accounts = self._accounts_on(None if device is None else canonical_device(device))
+        for account in accounts:
+            account.settle_abandoned()
+        return collect(accounts)
 
     def __repr__(self) -> str:
         if self._closed:
@@ -319,7 +295,7 @@ class BufferPool:
             raise ValueError("pinned: expected False on a machine without an accelerator, got True")
         numel = math.prod(sizes)
         nbytes = numel * dtype.itemsize
-        request = Request(self._bucket(where, dtype, bucket_bytes(nbytes), pinned), sizes, numel, nbytes)
+        request = Request(self._bucket(where, dtype, bucket_bytes(nbytes), pinned), sizes, nbytes, numel)
         # "cuda" means another device after torch.cuda.set_device; only what names one device may be remembered.
         named = torch.device(device)
         if named.type in ("cpu", "meta") or (named.index is not None and not isinstance(device, int)):
@@ -340,12 +316,22 @@ class BufferPool:
             key = (device, dtype, nbytes, pinned)
             bucket = self._buckets.get(key)
             if bucket is None:
-                bucket = self._buckets[key] = Bucket(account, dtype, nbytes, pinned, streams)
+                bucket = self._buckets[key] = Bucket(
+                    account,
+                    dtype,
+                    nbytes,
+                    slack=self._slack,
+                    pinned=pinned,
+                    poisons=self._poison,
+                    streams=streams,
+                    next_tick=self._next_tick,
+                )
                 account.buckets.append(bucket)
             return bucket
 
-    def _take_on_stream(self, bucket: Bucket, requested: int) -> Block | None:
+    def _take_on_stream(self, request: Request) -> Block | None:
         """An idle block that the current stream may use at once."""
+        bucket = request.bucket
         streams = bucket.streams
         assert streams is not None
         if streams.capturing():
@@ -355,11 +341,12 @@ class BufferPool:
             block = bucket.take_ready(stream)
             if block is not None:
                 block.home = stream
-                bucket.count_lease(block, requested, hit=True)
+                bucket.lend(block, request, hit=True)
         return block
 
-    def _take_behind_a_wait(self, bucket: Bucket, requested: int) -> Block | None:
+    def _take_behind_a_wait(self, request: Request) -> Block | None:
         """The longest idle block of the bucket, once the work on it is waited for; None if there is none."""
+        bucket = request.bucket
         streams = bucket.streams
         if streams is None:
             return None
@@ -369,7 +356,7 @@ class BufferPool:
             if block is None:
                 return None
             block.home = stream
-            bucket.count_lease(block, requested, hit=True)
+            bucket.lend(block, request, hit=True)
         fences, block.fences = block.fences, []
         for other, event in fences:
             if bucket.pinned:
@@ -379,45 +366,43 @@ class BufferPool:
             streams.recycle(event)
         return block
 
-    def _grow(self, bucket: Bucket, requested: int) -> Block:
+    def _grow(self, request: Request) -> Block:
         """Allocates a block, within the budget and with an eye on the pressure."""
+        bucket = request.bucket
         account, streams = bucket.account, bucket.streams
         capturing = streams is not None and streams.capturing()
         if not capturing:
-            self._settle_abandoned()
+            account.settle_abandoned()
             if self._pressure is not None:
                 level = self._pressure.level(bucket.device)
-                if level is not PressureLevel.NORMAL or bucket.discard:
+                if level is not PressureLevel.NORMAL or bucket.keeps == NONE:
                     self._relieve(bucket.device, level)
-        # torch aligns to 64 bytes on a CPU and to 512 on CUDA; only a wider wish needs room to shift in.
-        slack = 0 if self._alignment <= ALIGNMENT else self._alignment
-        charge = bucket.nbytes + slack
-        if not account.book(charge):
-            block = None if capturing else self._take_behind_a_wait(bucket, requested)
+        if not account.book(bucket.charge):
+            block = None if capturing else self._take_behind_a_wait(request)
             if block is not None:
                 return block
-            if capturing or not account.make_room(charge):
-                raise PoolBudgetError(self._budget_message(bucket, charge))
+            if capturing or not account.make_room(bucket.charge):
+                raise PoolBudgetError(self._budget_message(bucket))
         try:
-            flat = self._allocate(bucket, slack, capturing)
+            flat = self._allocate(bucket, capturing)
         except BaseException:
-            account.unbook(charge)
+            account.unbook(bucket.charge)
             raise
-        block = Block(bucket, flat, charge, OF_A_GRAPH if capturing else bucket.epoch)
+        block = Block(bucket, flat, OF_A_GRAPH if capturing else bucket.epoch)
         if streams is not None:
             block.origin = block.home = streams.current()
         with bucket.lock:
             closed = bucket.closed
             if not closed:
-                bucket.count_lease(block, requested, hit=False)
+                bucket.lend(block, request, hit=False)
         if closed:  # while this thread allocated
-            account.unbook(charge)
+            account.unbook(bucket.charge)
             self._check_open()
         return block
 
-    def _allocate(self, bucket: Bucket, slack: int, capturing: bool) -> torch.Tensor:
+    def _allocate(self, bucket: Bucket, capturing: bool) -> torch.Tensor:
         try:
-            return bucket.allocate(slack)
+            return bucket.allocate()
         except Exception as error:
             if capturing or not is_oom_error(error):
                 raise
@@ -425,36 +410,22 @@ class BufferPool:
         bucket.account.trim(0)
         if self._pressure is not None:
             self._pressure.note_failure(bucket.device)
-        return bucket.allocate(slack)
+        return bucket.allocate()
 
-    def _budget_message(self, bucket: Bucket, charge: int) -> str:
+    def _budget_message(self, bucket: Bucket) -> str:
         stats = self.stats(bucket.device)
         return (
-            f"pool: a buffer of {charge} bytes on {bucket.device} does not fit in max_bytes={self._max_bytes}: "
+            f"pool: a buffer of {bucket.charge} bytes on {bucket.device} does not fit in max_bytes={self._max_bytes}: "
             f"{stats.bytes_leased} bytes are leased ({stats.leases} leases), so that at most "
             f"{max(0, (self._max_bytes or 0) - stats.bytes_leased)} more would fit"
         )
-
-    def _settle_abandoned(self) -> None:
-        """Books out the blocks of leases that nobody released; their memory lives as long as their tensors."""
-        while self._abandoned:
-            try:
-                block, requested, extra = self._abandoned.popleft()
-            except IndexError:
-                return
-            bucket = block.bucket
-            with bucket.lock:
-                bucket.count_return(block, requested)
-                bucket.account.settle(block)
-            block.fences = [(stream, None) for stream in (block.home, *extra)] if bucket.streams is not None else []
-            self._abandoned_count += 1
-            drop(block)
 
     def _relieve(self, device: torch.device, level: PressureLevel) -> None:
         """Adapts to a level of pressure on `device`."""
         for account in self._accounts_on(device):
             for bucket in list(account.buckets):
-                bucket.discard = level is PressureLevel.CRITICAL
+                if not bucket.closed:
+                    bucket.discard(level is PressureLevel.CRITICAL)
             if level is PressureLevel.CRITICAL:
                 account.trim(0)
             elif level is PressureLevel.HIGH:
@@ -465,7 +436,6 @@ class BufferPool:
     def _reclaim(self, device: torch.device | None) -> int:
         if self._closed:
             return 0
-        self._settle_abandoned()
         return sum(account.trim(0) for account in self._accounts_on(device))
 
     def _after_fork(self) -> None:

@@ -1,21 +1,7 @@
-"""A request for a buffer, checked and resolved."""
+"""Checks on what a request for a buffer may be."""
 
 import operator
 from collections.abc import Sequence
-
-from bs_memory._storage import Bucket
-
-
-class Request:
-    """A resolved (shape, dtype, device, pinned): what the hot path needs, computed once."""
-
-    __slots__ = ("bucket", "nbytes", "numel", "shape")
-
-    def __init__(self, bucket: Bucket, shape: tuple[int, ...], numel: int, nbytes: int) -> None:
-        self.bucket = bucket
-        self.shape = shape
-        self.numel = numel
-        self.nbytes = nbytes
 
 
 def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

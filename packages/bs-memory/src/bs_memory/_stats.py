@@ -40,21 +40,22 @@ class PoolStats:
     abandoned: int
 
 
-def collect(accounts: Iterable[Account], abandoned: int) -> PoolStats:
+def collect(accounts: Iterable[Account]) -> PoolStats:
     """Adds up accounts bucket by bucket, each under its own lock."""
-    hits = misses = leases = idle = leased_bytes = idle_bytes = requested = high_water = evictions = 0
+    hits = misses = leases = idle = leased_bytes = idle_bytes = requested = high_water = evictions = abandoned = 0
     for account in accounts:
         high_water += account.high_water
         evictions += account.evictions
+        abandoned += account.abandoned_count
         for bucket in list(account.buckets):
             with bucket.lock:
                 hits += bucket.hits
                 misses += bucket.misses
                 leases += bucket.leased
-                leased_bytes += bucket.leased_bytes
+                leased_bytes += bucket.leased * bucket.charge
                 requested += bucket.requested
                 idle += len(bucket.free)
-                idle_bytes += sum(block.nbytes for block in bucket.free)
+                idle_bytes += len(bucket.free) * bucket.charge
     held = leased_bytes + idle_bytes
     return PoolStats(
         hits=hits,

@@ -1,6 +1,7 @@
 """What a pool is made of: blocks of memory, and the buckets that hold the idle ones."""
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,100 +13,177 @@ if TYPE_CHECKING:
     from bs_memory._account import Account
 
 OF_A_GRAPH = -1  # the epoch of a block that a captured graph uses: never recycled
+NONE = -2  # the epoch of no block
 _SCAN = 8  # idle blocks looked at before giving up on finding one whose work is done
 
 Fence = tuple[Any, Any]  # (stream, event)
 
 
+class Request:
+    """A (shape, dtype, device, pinned) that was checked and has its bucket: what the hot path needs, computed once."""
+
+    __slots__ = ("bucket", "nbytes", "numel", "shape")
+
+    def __init__(self, bucket: "Bucket", shape: tuple[int, ...], nbytes: int, numel: int) -> None:
+        self.bucket = bucket
+        self.shape = shape
+        self.nbytes = nbytes
+        self.numel = numel
+
+
 class Block:
-    """One allocation. While idle it is in its bucket's `free`; while leased only its `Lease` knows it."""
+    """One allocation. While idle it is in its bucket's `free`; while leased only its `Lease` knows it.
 
-    __slots__ = ("bucket", "epoch", "fences", "flat", "home", "nbytes", "origin", "priority", "tick", "view", "view_of")
+    A leased block that dies was abandoned: its lease was dropped without a release, or an interrupt struck before
+    there was a lease. Somebody may still hold the tensor, so its memory must not be recycled, only booked out.
+    """
 
-    def __init__(self, bucket: "Bucket", flat: torch.Tensor, nbytes: int, epoch: int) -> None:
+    __slots__ = (
+        "bucket",
+        "epoch",
+        "extra",
+        "fences",
+        "flat",
+        "home",
+        "origin",
+        "priority",
+        "request",
+        "tick",
+        "view",
+        "view_of",
+    )
+
+    def __init__(self, bucket: "Bucket", flat: torch.Tensor, epoch: int) -> None:
         self.bucket = bucket
         self.flat = flat  # 1-D, of the bucket's dtype
-        self.nbytes = nbytes  # as charged to the account
         self.epoch = epoch
+        self.request: Request | None = None  # what it is leased for; None while idle
         self.tick = 0
         self.priority = 0
-        self.view_of: object = None  # the request `view` was made for
         self.view: torch.Tensor = flat
+        self.view_of: Request | None = None  # the request `view` was made for
         self.fences: list[Fence] = []  # work that may still use the block
         self.home: Any = None  # the stream it was leased on
         self.origin: Any = None  # the stream it was allocated on, which torch's allocator orders by itself
+        self.extra: tuple[Any, ...] = ()  # further streams that its holder told of
 
-    def reshape(self, numel: int, shape: tuple[int, ...]) -> None:
-        """Makes `view` show the first `numel` elements as `shape`."""
+    def reshape(self, request: Request) -> None:
+        """Makes `view` what the request asks for."""
         # A view made in inference mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
-            self.view = self.flat[:numel].view(shape)
+            self.view = self.flat[: request.numel].view(request.shape)
+        self.view_of = request
+
+    def __del__(self) -> None:
+        # Runs wherever the collector strikes, possibly under one of the pool's locks: only an atomic append is safe.
+        # It brings the block back to life until the pool has booked it out.
+        if self.request is not None:
+            self.bucket.account.abandoned.append(self)
 
 
 class Bucket:
     """Idle blocks of one device, dtype and size.
 
     `lock` guards everything mutable. It is per bucket, so two threads meet only when they want the very same kind of
-    buffer. An uncontended lock costs about 60 ns; relying on the atomicity of `list.append` and `pop` instead would
+    buffer. An uncontended lock costs about 100 ns; relying on the atomicity of `list.append` and `pop` instead would
     save that, but leave the counters inexact and free-threaded builds to luck.
     """
 
     __slots__ = (
         "account",
+        "charge",
         "closed",
         "device",
-        "discard",
         "dtype",
         "epoch",
         "free",
         "hits",
+        "keeps",
         "leased",
-        "leased_bytes",
         "lock",
         "misses",
         "nbytes",
+        "next_tick",
         "orphaned",
         "pinned",
+        "plain",
+        "poisons",
         "requested",
         "streams",
     )
 
     def __init__(
-        self, account: "Account", dtype: torch.dtype, nbytes: int, pinned: bool, streams: StreamBackend | None
+        self,
+        account: "Account",
+        dtype: torch.dtype,
+        nbytes: int,
+        *,
+        slack: int,
+        pinned: bool,
+        poisons: bool,
+        streams: StreamBackend | None,
+        next_tick: Callable[[], int],
     ) -> None:
         self.account = account
         self.device = account.device
         self.dtype = dtype
         self.nbytes = nbytes
+        self.charge = nbytes + slack  # what a block takes from the budget
         self.pinned = pinned
+        self.poisons = poisons
         self.streams = streams
+        self.plain = streams is None and not poisons
+        self.next_tick = next_tick
         self.lock = threading.Lock()
         self.free: list[Block] = []  # oldest first; the end is the warmest in cache
         self.hits = 0
         self.misses = 0
         self.leased = 0
-        self.leased_bytes = 0
         self.requested = 0  # bytes asked for by the current leases
-        self.epoch = 0  # blocks of an earlier epoch are dropped on release
-        self.discard = False  # memory is critical: keep nothing
+        self.epoch = 0
+        self.keeps = 0  # the epoch of blocks worth keeping on release: this one, or none
         self.closed = False
         self.orphaned = False  # this is a forked child and the blocks are the parent's
 
-    def count_lease(self, block: Block, requested: int, *, hit: bool) -> None:
+    def lend(self, block: Block, request: Request, *, hit: bool) -> None:
         """Books a lease; the caller holds the lock."""
         if hit:
             self.hits += 1
         else:
             self.misses += 1
         self.leased += 1
-        self.leased_bytes += block.nbytes
-        self.requested += requested
+        self.requested += request.nbytes
+        block.request = request
 
-    def count_return(self, block: Block, requested: int) -> None:
-        """Books the end of a lease; the caller holds the lock."""
+    def take_back(self, block: Block) -> bool:
+        """Books the end of a lease and keeps the block if it is worth keeping; the caller holds the lock."""
+        request = block.request
+        assert request is not None
+        block.request = None
         self.leased -= 1
-        self.leased_bytes -= block.nbytes
-        self.requested -= requested
+        self.requested -= request.nbytes
+        keep = block.epoch == self.keeps
+        if not self.plain:
+            if self.poisons:
+                self.poison(block)
+            if self.streams is not None:
+                keep = self.fence(block) and keep
+        if keep:
+            block.tick = self.next_tick()
+            self.free.append(block)
+        else:
+            self.account.settle(block)
+        return keep
+
+    def discard(self, yes: bool) -> None:
+        """Whether nothing is to be kept on release from now on."""
+        with self.lock:
+            self.keeps = NONE if yes else self.epoch
+
+    def renew(self) -> None:
+        """Begins a new epoch: what is leased now will not be kept; the caller holds the lock."""
+        self.epoch += 1
+        self.keeps = NONE if self.keeps == NONE else self.epoch
 
     def take_ready(self, stream: Any) -> Block | None:
         """Removes an idle block that `stream` may use at once; the caller holds the lock."""
@@ -135,7 +213,7 @@ class Bucket:
         block.fences = []
         return True
 
-    def fence(self, block: Block, extra: tuple[Any, ...]) -> bool:
+    def fence(self, block: Block) -> bool:
         """Marks the work queued so far on every stream that used the block; whether it may be recycled after that."""
         streams = self.streams
         assert streams is not None
@@ -143,9 +221,10 @@ class Bucket:
             return False
         if streams.capturing():
             # An event recorded now belongs to the graph and can never be queried: torch's allocator takes over.
-            block.fences = [(stream, None) for stream in (block.home, *extra)]
+            block.fences = [(stream, None) for stream in (block.home, *block.extra)]
             return False
-        users = dict.fromkeys((block.home, streams.current(), *extra))
+        users = dict.fromkeys((block.home, streams.current(), *block.extra))
+        block.extra = ()
         block.fences += [(stream, streams.record(stream)) for stream in users]
         return True
 
@@ -165,16 +244,17 @@ class Bucket:
         """In a forked child: the blocks belong to the parent; locks may be held by threads that are not here."""
         self.lock = threading.Lock()
         self.orphaned = True
-        self.epoch += 1
+        self.keeps = NONE
         if self.streams is not None:
             _lifecycle.bury(self.free)
         self.free = []
 
-    def allocate(self, slack: int) -> torch.Tensor:
-        """Allocates the flat tensor of one block, aligned to `slack` bytes where that is not 0.
+    def allocate(self) -> torch.Tensor:
+        """Allocates the flat tensor of one block, aligned to the slack where there is some.
 
         A tensor made in inference mode could never be used in training afterwards, so that mode is left for the call.
         """
+        slack = self.charge - self.nbytes
         itemsize = self.dtype.itemsize
         with torch.inference_mode(False), torch.no_grad():
             raw = torch.empty(
