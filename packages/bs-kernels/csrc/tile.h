@@ -33,7 +33,7 @@ BSA_INLINE float operand(const char* p) {
 }
 
 template <class V, int R, int MV, Walk walk, Into into>
-BSA_INLINE void register_tile(long depth, const char* a, long stride, const float* b, long ldb, float* c, long ldc, float factor,
+__attribute__((noinline)) void register_tile(long depth, const char* a, long stride, const float* b, long ldb, float* c, long ldc, float factor,
                               float* peak) {
   typename V::f acc[R][MV];
 #pragma GCC unroll 16
@@ -103,7 +103,7 @@ BSA_INLINE void register_tile(long depth, const char* a, long stride, const floa
 }
 
 template <class V, int MV, Walk walk, Into into>
-__attribute__((noinline)) void product(long rows, long depth, const void* a_, long stride, const float* b, long ldb, float* c,
+void product(long rows, long depth, const void* a_, long stride, const float* b, long ldb, float* c,
                                        long ldc, float factor = 1.f, float* peak = nullptr) {
   const char* a = static_cast<const char*>(a_);
   const long step = walk == Walk::Rows ? stride : 4;  // bytes from one row of the tile to the next
