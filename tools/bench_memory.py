@@ -1,0 +1,366 @@
+"""Measures bs-memory against doing without it; writes JSON and a table.
+
+    python tools/bench_memory.py                      # everything, a minute of hammering included
+    python tools/bench_memory.py --only hot buffers   # some of it
+    python tools/bench_memory.py --only hammer --seconds 5
+
+Timings that are compared are interleaved in this process, round by round, so that a noisy neighbour meets both sides.
+What a machine cannot measure is written down as not measured.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bs_memory import BufferPool, DeviceCache, MemoryPressure, oom_recovery
+
+MIB = 1 << 20
+OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "memory.json"
+NOT_MEASURED = "not yet measured"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "system": " ".join([platform.system(), *platform.libc_ver()]).strip(),
+    }
+
+
+def interleaved(sides: dict[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, dict[str, float]]:
+    """Seconds per call of each side, the sides taking turns; best, median and worst of the rounds."""
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    for run in sides.values():
+        run()
+    for _ in range(rounds):
+        for name, run in sides.items():
+            begin = time.perf_counter()
+            for _ in range(calls):
+                run()
+            samples[name].append((time.perf_counter() - begin) / calls)
+    return {
+        name: {"best": min(times), "median": statistics.median(times), "worst": max(times)}
+        for name, times in samples.items()
+    }
+
+
+def bench_hot(rounds: int = 500, calls: int = 500) -> dict[str, Any]:
+    """Get and release of a buffer that is there, and what an ask of the cache, the gauge and the recovery costs."""
+    pool, device = BufferPool(), torch.device("cpu")
+    shape, dtype = (8, 1024, 64), torch.float32
+    cache, pressure = DeviceCache(), MemoryPressure(interval=0.1)
+    cache.put("key", 1)
+
+    def explicit() -> None:
+        pool.lease(shape, dtype, device).release()
+
+    def as_context() -> None:
+        with pool.lease(shape, dtype, device):
+            pass
+
+    return interleaved(
+        {
+            "lease + release": explicit,
+            "with lease": as_context,
+            "torch.empty, same 2 MiB, untouched": lambda: torch.empty(shape, dtype=dtype, device=device),
+            "DeviceCache.get_or_build, a hit": lambda: cache.get_or_build("key", dict),
+            "MemoryPressure.level": lambda: pressure.level(device),
+            "oom_recovery around nothing": lambda: oom_recovery(int, device=device),
+        },
+        rounds,
+        calls,
+    )
+
+
+def bench_buffers(rounds: int = 40) -> list[dict[str, Any]]:
+    """CPU buffers of 1–256 MiB, written once per use: pool against torch.empty, with the page faults of each.
+
+    On one thread, so that the figure is of memory and not of who else wants the second core.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _buffers(rounds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _buffers(rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    pool = BufferPool(pressure=None)
+    for mib in (1, 4, 16, 64, 256):
+        shape, calls = (mib * MIB,), max(1, 64 // mib)
+
+        def pooled(shape: tuple[int, ...] = shape) -> None:
+            with pool.lease(shape, torch.uint8, "cpu") as tensor:
+                tensor.fill_(1)
+
+        def fresh(shape: tuple[int, ...] = shape) -> None:
+            torch.empty(shape, dtype=torch.uint8).fill_(1)
+
+        times = interleaved({"pool": pooled, "torch.empty": fresh}, rounds, calls)
+        rows.append(
+            {
+                "mib": mib,
+                "seconds": times,
+                "page_faults_per_use": {"pool": faults(pooled, calls), "torch.empty": faults(fresh, calls)},
+                "ratio_of_bests": times["torch.empty"]["best"] / times["pool"]["best"],
+            }
+        )
+        pool.clear()
+    return rows
+
+
+def faults(run: Callable[[], object], calls: int) -> float:
+    """Minor page faults per call."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(calls):
+        run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / calls
+
+
+def bench_pinned(rounds: int = 15) -> list[dict[str, Any]] | str:
+    """Pinned host buffers: pool against torch.empty(pin_memory=True), copied to the GPU once per use."""
+    if not torch.cuda.is_available():
+        return NOT_MEASURED
+    rows = []
+    pool = BufferPool(pressure=None)
+    for mib in (1, 16, 256):
+        shape = (mib * MIB,)
+        target = torch.empty(shape, dtype=torch.uint8, device="cuda")
+
+        def pooled(shape: tuple[int, ...] = shape, target: torch.Tensor = target) -> None:
+            with pool.lease(shape, torch.uint8, "cpu", pinned=True) as tensor:
+                target.copy_(tensor, non_blocking=True)
+            torch.cuda.synchronize()
+
+        def pinned(shape: tuple[int, ...] = shape, target: torch.Tensor = target) -> None:
+            target.copy_(torch.empty(shape, dtype=torch.uint8, pin_memory=True), non_blocking=True)
+            torch.cuda.synchronize()
+
+        times = interleaved({"pool": pooled, "torch.empty pinned": pinned}, rounds, 5)
+        rows.append({"mib": mib, "seconds": times})
+    return rows
+
+
+def bench_cuda(rounds: int = 15) -> dict[str, Any] | str:
+    """Device buffers on one stream: pool against the caching allocator, which is expected to do as well."""
+    if not torch.cuda.is_available():
+        return NOT_MEASURED
+    pool, device, shape = BufferPool(pressure=None), torch.device("cuda", torch.cuda.current_device()), (16 * MIB,)
+
+    def pooled() -> None:
+        pool.lease(shape, torch.uint8, device).release()
+
+    return interleaved(
+        {"pool": pooled, "torch.empty": lambda: torch.empty(shape, dtype=torch.uint8, device=device)}, rounds, 1000
+    )
+
+
+def bench_hammer(seconds: float, count: int = 8, max_bytes: int = 4 * MIB) -> dict[str, Any]:
+    """Threads that lease, mark, wait, check and release at random, under a budget, with every release poisoned."""
+    pool = BufferPool(max_bytes=max_bytes, pressure=None, poison=True)
+    deadline = time.monotonic() + seconds
+    leases, aliased = [0] * count, [0] * count
+
+    def hammer(index: int) -> None:
+        generator = torch.Generator().manual_seed(index)
+        sizes = torch.randint(1, 20_000, (997,), generator=generator).tolist()
+        held: list[tuple[Any, int]] = []
+        while time.monotonic() < deadline:
+            turn = leases[index]
+            mark = turn * count + index
+            lease = pool.lease((sizes[turn % 997 % (7 + index)],), torch.int64, "cpu", priority=turn % 3)
+            lease.tensor.fill_(mark)
+            held.append((lease, mark))
+            leases[index] += 1
+            if len(held) > 2:
+                oldest, expected = held.pop(turn % 2)
+                aliased[index] += not bool((oldest.tensor == expected).all())
+                oldest.release()
+            if turn % 1000 == 999:
+                pool.trim(MIB)
+        for lease, _ in held:
+            lease.release()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=hammer, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    stats = pool.stats()
+    return {
+        "threads": count,
+        "seconds": seconds,
+        "leases": sum(leases),
+        "aliased": sum(aliased),
+        "still_leased": stats.leases,
+        "abandoned": stats.abandoned,
+        "evictions": stats.evictions,
+        "hit_rate": stats.hits / (stats.hits + stats.misses),
+        "max_bytes": max_bytes,
+        "high_water_bytes": stats.high_water_bytes,
+    }
+
+
+def bench_training(steps: int = 5) -> dict[str, Any] | str:
+    """Peak memory and allocations of a training step of the attention module, with and without the pool."""
+    try:
+        from bs_modules import create_block_sparse_attention
+    except ImportError:
+        return NOT_MEASURED
+    found: dict[str, Any] = {}
+    for pooled in (False, True):
+        torch.manual_seed(0)
+        try:
+            attention = create_block_sparse_attention("base", use_memory_pool=pooled)
+        except (TypeError, ValueError) as error:
+            return f"{NOT_MEASURED}: {error}"
+        q, k, v = (torch.randn(1, 4096, 4, 64, requires_grad=True) for _ in range(3))
+
+        def step(attention: Any = attention, q: Any = q, k: Any = k, v: Any = v) -> None:
+            attention(q, k, v, is_causal=True).square().sum().backward()
+            q.grad = k.grad = v.grad = None
+
+        step()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            for _ in range(steps):
+                step()
+        sizes = [event.cpu_memory_usage for event in profile.events() or [] if event.name == "[memory]"]
+        held = peak = 0
+        for size in sizes:
+            held += size
+            peak = max(peak, held)
+        found["with pool" if pooled else "without"] = {
+            "allocations_per_step": sum(size > 0 for size in sizes) / steps,
+            "bytes_allocated_per_step": sum(size for size in sizes if size > 0) / steps,
+            "peak_bytes_above_start": peak,
+        }
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as a Markdown page."""
+    lines = [
+        "# bs-memory, measured",
+        "",
+        "Made by `python tools/bench_memory.py`; the raw figures are in `memory.json`. Both sides of a comparison take "
+        "turns in one process. Load is the machine's load average when the measurement began; under load, the best of "
+        "many short rounds says most.",
+    ]
+
+    def heading(part: str, title: str) -> Any:
+        info = results[part]["machine"]
+        lines.extend(["", f"## {title}", ""])
+        lines.append(
+            f"{info['cpu']}, {info['cpus']} CPUs, {info['cuda'] or 'no GPU'}, {info['system']}, torch {info['torch']}, "
+            f"Python {info['python']}, {info['torch_threads']} torch threads; load {info['load']}."
+        )
+        lines.append("")
+        return results[part]["result"]
+
+    if "hot" in results:
+        rows = heading("hot", "What one call costs")
+        lines += ["| call | best, µs | median, µs |", "|---|---:|---:|"]
+        lines += [f"| {name} | {t['best'] * 1e6:.2f} | {t['median'] * 1e6:.2f} |" for name, t in rows.items()]
+    if "buffers" in results:
+        rows = heading("buffers", "CPU buffers, written once per use, on one thread; best of the rounds")
+        lines += [
+            "| MiB | pool, ms | torch.empty, ms | torch.empty / pool | page faults, pool | page faults, torch.empty |",
+            "|---:|---:|---:|---:|---:|---:|",
+        ]
+        for row in rows:
+            pool, fresh = (row["seconds"][name]["best"] * 1e3 for name in ("pool", "torch.empty"))
+            few, many = (row["page_faults_per_use"][name] for name in ("pool", "torch.empty"))
+            lines.append(
+                f"| {row['mib']} | {pool:.3f} | {fresh:.3f} | {row['ratio_of_bests']:.2f} | {few:.0f} | {many:.0f} |"
+            )
+    for key, title in (("pinned", "Pinned host buffers"), ("cuda", "Device buffers on one stream")):
+        if key in results:
+            rows = heading(key, title)
+            if isinstance(rows, str):
+                lines.append(f"{rows.capitalize()}: this machine has no GPU.")
+                continue
+            lines += ["| MiB | how | best, µs | median, µs |", "|---:|---|---:|---:|"]
+            for row in [{"mib": 16, "seconds": rows}] if isinstance(rows, dict) else rows:
+                for name, t in row["seconds"].items():
+                    lines.append(f"| {row['mib']} | {name} | {t['best'] * 1e6:.1f} | {t['median'] * 1e6:.1f} |")
+    if "hammer" in results:
+        h = heading("hammer", "Threads that hammer one pool")
+        lines.append(
+            f"{h['threads']} threads for {h['seconds']:.0f} s under a budget of {h['max_bytes'] / MIB:.0f} MiB, every "
+            f"release poisoned and every buffer checked: {h['leases']:,} leases, **{h['aliased']} aliased**, "
+            f"{h['still_leased']} left over, {h['evictions']:,} evictions, hit rate {h['hit_rate']:.1%}, high water "
+            f"{h['high_water_bytes'] / MIB:.2f} MiB."
+        )
+    if "training" in results:
+        rows = heading("training", "A training step with and without the pool")
+        if isinstance(rows, str):
+            lines.append(f"{rows.capitalize()}.")
+        else:
+            lines += ["| | allocations per step | MiB allocated per step | peak, MiB |", "|---|---:|---:|---:|"]
+            for name, t in rows.items():
+                lines.append(
+                    f"| {name} | {t['allocations_per_step']:.0f} | {t['bytes_allocated_per_step'] / MIB:.1f} "
+                    f"| {t['peak_bytes_above_start'] / MIB:.1f} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Runs what was asked for; updates the JSON and writes the page beside it."""
+    parts = ("hot", "buffers", "pinned", "cuda", "hammer", "training")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="which measurements to take")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long the threads hammer")
+    parser.add_argument("--out", type=Path, default=OUT, help="the JSON file; the page goes beside it")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    runs: dict[str, Callable[[], Any]] = {
+        "hot": bench_hot,
+        "buffers": bench_buffers,
+        "pinned": bench_pinned,
+        "cuda": bench_cuda,
+        "hammer": lambda: bench_hammer(arguments.seconds),
+        "training": bench_training,
+    }
+    for part in arguments.only:
+        print(f"{part} …", file=sys.stderr, flush=True)
+        results[part] = {"machine": machine(), "result": runs[part]()}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    page = table(results)
+    arguments.out.with_suffix(".md").write_text(page)
+    print(page)
+    return 1 if "hammer" in arguments.only and results["hammer"]["result"]["aliased"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
