@@ -87,6 +87,8 @@ class Grid:
 
     def distance(self, rows: Int64, cols: Int64) -> Int64:
         """Distance in tokens of the blocks (row, column)."""
-        before = rows * self.block_size[0] + self.shift - np.minimum((cols + 1) * self.block_size[1], self.seq_len[1])
-        last = np.minimum((rows + 1) * self.block_size[0], self.seq_len[0]) - 1 + self.shift
-        return np.maximum(np.maximum(before + 1, cols * self.block_size[1] - last), 0)
+        (q_first, q_last), (k_first, k_last) = self.query_spans(), self.key_spans()
+        out = q_first[rows]
+        out -= k_last[cols]
+        np.maximum(out, k_first[cols] - q_last[rows], out=out)
+        return np.maximum(out, 0, out=out)

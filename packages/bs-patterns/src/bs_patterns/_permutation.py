@@ -10,6 +10,7 @@ from ._csr import Int64
 UInt64 = NDArray[np.uint64]
 
 _ROUNDS = 6
+_CHUNK = 2**16  # keeps the work arrays in the cache
 
 
 def permuted(seed: int, head: int, rows: Int64, positions: Int64, sizes: Int64) -> Int64:
@@ -27,8 +28,18 @@ def permuted(seed: int, head: int, rows: Int64, positions: Int64, sizes: Int64) 
 
     Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002; mixing by splitmix64's finaliser.
     """
+    head_key = _mix(np.array([head], np.uint64) + _mix(np.array([seed % 2**64], np.uint64)))
+    out = np.empty(len(rows), np.int64)
+    for begin in range(0, len(rows), _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        out[part] = _walk(head_key, rows[part], positions[part], sizes[part])
+    return out
+
+
+def _walk(head_key: UInt64, rows: Int64, positions: Int64, sizes: Int64) -> Int64:
+    """`permuted`, all at once."""
     half = np.maximum((np.frexp((sizes - 1).astype(np.float64))[1] + 1) // 2, 1).astype(np.uint64)
-    key = _mix(rows.astype(np.uint64) + _mix(np.array([head], np.uint64) + _mix(np.array([seed % 2**64], np.uint64))))
+    key = _mix(rows.astype(np.uint64) + head_key)
     out = positions.astype(np.uint64)
     todo = np.arange(len(out))
     while len(todo):

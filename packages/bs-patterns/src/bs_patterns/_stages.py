@@ -148,40 +148,31 @@ class Near(Stage):
             return self._extend_candidates(space, space.candidates, picked, count, reach, trace)
         if count is not None and len(picked) >= count:
             return picked
-        if count is None or _size_with(space.grid, picked, reach) <= count:
-            merged = _with_ranges(space.grid, picked, *space.grid.within(reach), np.empty(0, np.int64))
+        grid = space.grid
+        apart = _distances(grid, picked)
+        counts = np.sort(apart)
+
+        def size(distance: int) -> int:
+            """How many blocks are picked or within the distance."""
+            low, high = grid.within(distance)
+            return len(picked) + int((high - low).sum()) - int(np.searchsorted(counts, distance, side="right"))
+
+        if count is None or size(reach) <= count:
+            merged = _with_ranges(grid, picked[apart > reach], *grid.within(reach))
         else:
-            low, high = -1, reach  # size with distance low < count ≤ size with distance high
+            low, high = -1, reach  # too few within low, enough within high
             while high - low > 1:
                 middle = (low + high) // 2
-                if _size_with(space.grid, picked, middle) < count:
-                    low = middle
-                else:
-                    high = middle
-            merged = self._cut_at(space.grid, picked, count, high)
+                low, high = (middle, high) if size(middle) < count else (low, middle)
+            inner_low, inner_high, ring = _ring(grid, high)
+            ring = ring[~is_member(ring, picked)]
+            outside = picked[apart >= high]
+            missing = count - len(outside) - int((inner_high - inner_low).sum())
+            merged = _with_ranges(grid, outside, inner_low, inner_high, ring[:missing])
         if trace is not None:
             added = _csr.difference(merged, picked)
-            rows = added // space.grid.shape[1]
-            rank = space.grid.distance(rows, added - rows * space.grid.shape[1])
-            trace.append(added[np.argsort(rank, kind="stable")])
+            trace.append(added[np.argsort(_distances(grid, added), kind="stable")])
         return merged
-
-    @staticmethod
-    def _cut_at(grid: Grid, picked: Int64, count: int, distance: int) -> Int64:
-        """All blocks nearer than ``distance``, and the first of those at that distance by (row, column)."""
-        outer_low, outer_high = grid.within(distance)
-        if distance == 0:
-            inner_low = inner_high = outer_high
-        else:
-            inner_low, inner_high = grid.within(distance - 1)
-            empty = inner_low >= inner_high
-            inner_low, inner_high = np.where(empty, outer_high, inner_low), np.where(empty, outer_high, inner_high)
-        starts = np.stack((outer_low, inner_high), axis=1) + (np.arange(len(outer_low)) * grid.shape[1])[:, None]
-        counts = np.stack((inner_low - outer_low, outer_high - inner_high), axis=1)
-        ring = _csr.concatenated_ranges(starts.ravel(), counts.ravel())
-        ring = ring[~is_member(ring, picked)]
-        inner_size = _size_with(grid, picked, distance - 1) if distance else len(picked)
-        return _with_ranges(grid, picked, inner_low, inner_high, ring[: count - inner_size])
 
     def _extend_candidates(
         self,
@@ -199,9 +190,7 @@ class Near(Stage):
             distance = reach if wanted is None else _reaching(space.grid, candidates, wanted, distance + 1, reach)
             keys = candidates.within(space.grid, distance)
             keys = keys[~is_member(keys, picked)]
-            rows = keys // space.grid.shape[1]
-            rank = space.grid.distance(rows, keys - rows * space.grid.shape[1])
-            picked = add_best(picked, keys, rank, count, trace)
+            picked = add_best(picked, keys, _distances(space.grid, keys), count, trace)
             wanted = None if wanted is None else 2 * wanted
         return picked
 
@@ -217,22 +206,27 @@ def _reaching(grid: Grid, candidates: LongNetSegments, wanted: int, low: int, hi
     return low
 
 
-def _size_with(grid: Grid, picked: Int64, distance: int) -> int:
-    """How many blocks are picked or within ``distance``."""
-    if distance < 0:
-        return len(picked)
-    low, high = grid.within(distance)
-    starts = np.arange(len(low), dtype=np.int64) * grid.shape[1]
-    inside = np.searchsorted(picked, starts + high) - np.searchsorted(picked, starts + low)
-    return len(picked) + int((high - low - inside).sum())
+def _distances(grid: Grid, keys: Int64) -> Int64:
+    rows = keys // grid.shape[1]
+    return grid.distance(rows, keys - rows * grid.shape[1])
 
 
-def _with_ranges(grid: Grid, picked: Int64, low: Int64, high: Int64, more: Int64) -> Int64:
-    """The union of ``picked``, ``more`` (disjoint, ascending) and the columns ``[low, high)`` of each row."""
-    rows = picked // grid.shape[1]
-    cols = picked - rows * grid.shape[1]
-    outside = picked[(cols < low[rows]) | (cols >= high[rows])]
+def _ring(grid: Grid, distance: int) -> tuple[Int64, Int64, Int64]:
+    """Per row the range ``[low, high)`` of columns nearer than ``distance``, and ascending keys of those just there."""
+    outer_low, outer_high = grid.within(distance)
+    if distance == 0:
+        low = high = outer_high
+    else:
+        low, high = grid.within(distance - 1)
+        empty = low >= high
+        low, high = np.where(empty, outer_high, low), np.where(empty, outer_high, high)
+    starts = np.stack((outer_low, high), axis=1) + (np.arange(len(low), dtype=np.int64) * grid.shape[1])[:, None]
+    counts = np.stack((low - outer_low, outer_high - high), axis=1)
+    return low, high, _csr.concatenated_ranges(starts.ravel(), counts.ravel())
+
+
+def _with_ranges(grid: Grid, outside: Int64, low: Int64, high: Int64, more: Int64 | None = None) -> Int64:
+    """The columns ``[low, high)`` of each row, and the ascending ``outside`` and ``more``, which are not among them."""
     ranges = _csr.concatenated_ranges(np.arange(len(low), dtype=np.int64) * grid.shape[1] + low, high - low)
-    if not len(outside) and not len(more):
-        return ranges
-    return np.sort(np.concatenate((ranges, outside, more)), kind="stable")
+    extra = [item for item in (outside, more) if item is not None and len(item)]
+    return np.sort(np.concatenate((ranges, *extra)), kind="stable") if extra else ranges

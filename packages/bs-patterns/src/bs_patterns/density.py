@@ -8,6 +8,7 @@ stages of its geometry, then the rest by distance; ties by (row, column). A layo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import floor
 
 import numpy as np
@@ -46,12 +47,13 @@ class Ranking:
         trace: list[Int64] = []
         if count is None:
             geometry = self.geometry()
-            self.prefix(len(self.first()) + len(geometry), trace, rest=False)
+            self.prefix(len(self.first) + len(geometry), trace, rest=False)
             ordered = np.concatenate(trace)
             return ordered[np.isin(ordered, geometry, assume_unique=True)]
-        self.prefix(max(count, len(self.first())), trace, rest=False)
+        self.prefix(max(count, len(self.first)), trace, rest=False)
         return np.concatenate(trace)
 
+    @cached_property
     def first(self) -> Int64:
         """Each row's block nearest the diagonal, ascending."""
         if not self.closed:
@@ -63,20 +65,24 @@ class Ranking:
 
     def target(self, density: float) -> int:
         """How many blocks the layout of this density has, if there are as many."""
-        return max(len(self.first()), floor(density * int(self.space.grid.allowed.sum()) + 0.5))
+        return max(len(self.first), floor(density * int(self.space.grid.allowed.sum()) + 0.5))
 
     def prefix(self, count: int, trace: list[Int64] | None = None, *, rest: bool = True) -> Int64:
         """Ascending keys of the best ``count`` blocks, or of all if there are fewer.
 
         Args:
-            count: At least ``len(self.first())``.
+            count: At least ``len(self.first)``.
             trace: If a list, the same keys are appended to it in rank order, in pieces.
             rest: Whether to go on by distance when the geometry is used up.
         """
-        picked = self.first()
+        picked = self.first
         if trace is not None:
             trace.append(picked)
-        for stage in (*self.stages, Near()) if rest and not self.closed else self.stages:
+        stages = self.stages
+        if rest and not self.closed:
+            # What a last stage by distance holds is where the rest by distance begins.
+            stages = (*(stages[:-1] if stages and isinstance(stages[-1], Near) else stages), Near())
+        for stage in stages:
             if len(picked) >= count:
                 break
             picked = stage.extend(self.space, picked, count, trace)

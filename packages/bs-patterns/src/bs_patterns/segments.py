@@ -46,15 +46,14 @@ class LongNetSegments:
 
     def admits(self, grid: Grid, rows: Int64, cols: Int64) -> Bool:
         """Whether each block (row, column) is a candidate."""
-        (block_q, block_k), (len_q, len_k) = grid.block_size, grid.seq_len
-        q_first = rows * block_q + grid.shift
-        q_last = np.minimum((rows + 1) * block_q, len_q) - 1 + grid.shift
-        k_first, k_last = cols * block_k, np.minimum((cols + 1) * block_k, len_k) - 1
-        offset = grid.diagonal[rows] - cols
+        columns = np.arange(grid.shape[1])
         admitted = np.zeros(len(rows), np.bool_)
-        for length, rate in zip(self.segment_lengths, self.dilation_rates, strict=True):
-            same = (q_first // length <= k_last // length) & (k_first // length <= q_last // length)
-            admitted |= same & (offset % rate == 0)
+        for low, high, rate in self._segments(grid):
+            held = low[rows] <= cols
+            held &= cols < high[rows]
+            if rate > 1:
+                held &= (grid.diagonal % rate)[rows] == (columns % rate)[cols]
+            admitted |= held
         return admitted
 
     def admits_offsets(self, grid: Grid, offsets: Int64) -> Bool:
@@ -81,14 +80,21 @@ class LongNetSegments:
 
     def _runs(self, grid: Grid, distance: int) -> list[tuple[Int64, Int64, int]]:
         """Per (w, r): each row's first column, the number of columns, and their step r."""
-        block_k, len_k = grid.block_size[1], grid.seq_len[1]
-        q_first, q_last = grid.query_spans()
         near_low, near_high = grid.within(distance)
         runs = []
-        for length, rate in zip(self.segment_lengths, self.dilation_rates, strict=True):
-            low = np.maximum(near_low, np.maximum(q_first // length * length, 0) // block_k)
-            tokens_end = np.clip((q_last // length + 1) * length, 0, len_k)
-            high = np.minimum(near_high, -(-tokens_end // block_k))
+        for low, high, rate in self._segments(grid):
+            low, high = np.maximum(low, near_low), np.minimum(high, near_high)
             first = low + (grid.diagonal - low) % rate
             runs.append((first, np.maximum(-((first - high) // rate), 0), rate))
         return runs
+
+    def _segments(self, grid: Grid) -> list[tuple[Int64, Int64, int]]:
+        """Per (w, r): the range of columns ``[low, high)`` that share a segment with each row, and r."""
+        block_k, len_k = grid.block_size[1], grid.seq_len[1]
+        q_first, q_last = grid.query_spans()
+        segments = []
+        for length, rate in zip(self.segment_lengths, self.dilation_rates, strict=True):
+            low = np.maximum(q_first // length * length, 0) // block_k
+            high = -(-np.clip((q_last // length + 1) * length, 0, len_k) // block_k)
+            segments.append((low, high, rate))
+        return segments

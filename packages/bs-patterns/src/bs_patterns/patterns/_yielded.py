@@ -9,6 +9,7 @@ import numpy as np
 
 from .._csr import Int64
 from .._grid import Grid
+from .._stages import best_of_each
 
 _EXPECTED = "an integer offset or a pair (rows, columns) of integers or integer arrays"
 
@@ -28,7 +29,8 @@ def blocks_of(fn: Callable[[int, int, int], Iterable[Any]], grid: Grid, head: in
             raise ValueError(f"fn: expected a result that ends, got more than {most} items for {rows} × {cols} blocks")
         keys.append(_keys_of(item, n, grid))
     merged = np.concatenate(keys)
-    return merged[np.sort(np.unique(merged, return_index=True)[1])]
+    unique, place = best_of_each(merged, np.arange(len(merged), dtype=np.int64))
+    return unique[np.argsort(place)]
 
 
 def _keys_of(item: Any, n: int, grid: Grid) -> Int64:
