@@ -29,8 +29,8 @@ def derived(plan: LayoutPlan, key: Hashable, build: Callable[[], T]) -> T:
         key: what else the result depends on; start it with the backend's name.
         build: makes the result; may run twice if two threads miss at once.
     """
-    anchor = plan.indices
-    stamp = None if anchor.is_inference() else (anchor._version, plan.row_end._version)
+    anchor = plan.row_begin  # not the entry lists: those are shared with the pieces that `LayoutPlan.select` makes
+    stamp = None if anchor.is_inference() else (anchor._version, plan.row_end._version, plan.indices._version)
     with _lock:
         held: dict[Hashable, tuple[Any, Any]] | None = _by_tensor.get(anchor)
         if held is not None and key in held and held[key][0] == stamp:

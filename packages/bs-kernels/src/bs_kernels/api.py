@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bs_patterns import BlockLayout
 
+from . import _autograd as _autograd  # registers the gradients
 from ._arguments import make_call
 from .backends.base import Call
 from .batched import BatchedLayout

@@ -45,6 +45,9 @@ TENSOR_FIELDS = (
 )
 
 
+_PER_HEAD_FIELDS = ("row_begin", "row_end", "col_begin", "col_end")
+
+
 @dataclass(frozen=True, eq=False)
 class LayoutPlan:
     """A layout and its token mask on a device: what every backend reads.
@@ -195,6 +198,25 @@ class LayoutPlan:
     def to(self, device: torch.device | str) -> LayoutPlan:
         """The same plan on another device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in TENSOR_FIELDS})
+
+    def select(self, batch: slice, heads: slice) -> LayoutPlan:
+        """The plan of some batch elements and query heads; entry lists are shared with this plan.
+
+        Args:
+            batch, heads: contiguous ranges; ignored along a dimension that the plan shares (L or H is 1).
+        """
+        batch = slice(None) if self.batch == 1 else batch
+        heads = slice(None) if self.heads == 1 else heads
+        if (batch, heads) == (slice(None), slice(None)):
+            return self
+        cut = {name: getattr(self, name)[batch, heads].contiguous() for name in _PER_HEAD_FIELDS}
+        for name, blocks in (("row_order", self.q_blocks), ("col_order", self.kv_blocks)):
+            order = getattr(self, name).to(torch.int64)
+            inside = torch.zeros(self.batch, self.heads, blocks, dtype=torch.bool, device=self.device)
+            inside[batch, heads] = True
+            renumbered = inside.flatten().cumsum(0) - 1
+            cut[name] = renumbered[order[inside.flatten()[order]]].to(torch.int32)
+        return replace(self, **cut, digest=None)
 
     def __repr__(self) -> str:
         return (

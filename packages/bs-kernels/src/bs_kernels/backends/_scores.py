@@ -186,8 +186,8 @@ class ChunkScores:
         query = frame.q_first[self.q_block][:, None] + frame.q_token
         key = frame.k_first[self.chunk.blocks][..., None] + frame.k_token
         return keep_mask(
-            self.batch[:, :, None, None, None, None],
-            self.q_head[:, :, :, None, None, None],
+            call.first_batch + self.batch[:, :, None, None, None, None],
+            call.first_head + self.q_head[:, :, :, None, None, None],
             query[:, None, :, None, None],
             key[:, None, None],
             call.dropout_seed,

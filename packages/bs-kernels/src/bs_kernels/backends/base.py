@@ -86,6 +86,8 @@ class Call:
         dropout_p: in [0, 1). Zero means none.
         dropout_seed: int64[] scalar tensor, or None without dropout.
         deterministic: the same bits are required from run to run.
+        first_batch, first_head: indices of the first batch element and query head where this call is a piece of a
+            larger one. Dropout counts from them; nothing else reads them.
     """
 
     q: Tensor
@@ -103,6 +105,8 @@ class Call:
     dropout_p: float = 0.0
     dropout_seed: Tensor | None = None
     deterministic: bool = True
+    first_batch: int = 0
+    first_head: int = 0
 
     @property
     def accumulate_dtype(self) -> torch.dtype:

@@ -168,8 +168,8 @@ class _Dense:
         assert call.dropout_seed is not None
         batch, head = (torch.arange(n, device=call.q.device) for n in (call.q.shape[0], call.q.shape[2]))
         keep = keep_mask(
-            batch[:, None, None, None],
-            head[:, None, None],
+            call.first_batch + batch[:, None, None, None],
+            call.first_head + head[:, None, None],
             self.q_pos[:, None],
             self.k_pos,
             call.dropout_seed,
