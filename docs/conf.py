@@ -16,6 +16,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # dataclass fields are objects of their own already
 # "Source:" closes a docstring with the paper or the derivation; "Shape legend" opens some.
 napoleon_custom_sections = [("Source", "notes_style")]
 # Nothing is fetched while building; cross-package links stay inside these pages.
