@@ -1,0 +1,239 @@
+"""Several resolutions at once: near keys in full, far keys in ever wider strides."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from bs_patterns import BlockLayout, Hierarchical, HierarchicalLevel
+
+from .attention import BlockSparseRingDilatedAttention
+from .config import DEFAULT_DENSITY, check_density, check_names
+
+_AUTO_BLOCK = 64
+_LEVEL_FIELDS = tuple(field.name for field in dataclasses.fields(HierarchicalLevel))
+
+
+@dataclasses.dataclass
+class HierarchicalConfig:
+    """The levels of a hierarchical pattern, and its density.
+
+    Assigning to a field checks it at once and takes effect at the next call of the modules that hold the config.
+
+    Args:
+        level_configs: Mappings with `stride` (in level blocks), `window_size` (tokens; −1: everywhere) and `block_size`
+            (tokens). A level keeps the blocks within its window whose distance is a multiple of its stride. `None`: the
+            default three levels, at blocks of 64: local (256 tokens), every 4th block within 1,024 tokens, every 16th
+            everywhere.
+        sparsity_ratio: The **density** to meet, in (0, 1]; the levels then say in which order blocks are taken, finest
+            first. `None`: the levels alone decide.
+        auto_levels: Let the length and the density (0.1 if `sparsity_ratio` is `None`) pick the number of levels, at
+            blocks of 64, each four times as wide and as sparse as the one before.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is out of range, or levels are given and picked automatically.
+    """
+
+    level_configs: Sequence[Mapping[str, int]] | None = None
+    sparsity_ratio: float | None = None
+    auto_levels: bool = False
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _CHECKS.get(name)
+        if check is None:
+            raise AttributeError(f"HierarchicalConfig has no field {name!r}; fields: {', '.join(_CHECKS)}")
+        object.__setattr__(self, name, check(name, value))
+
+    @property
+    def density(self) -> float | None:
+        """The density asked for; `None` when the levels alone decide."""
+        return DEFAULT_DENSITY if self.auto_levels and self.sparsity_ratio is None else self.sparsity_ratio
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block of the layout: those of the level with the smallest blocks."""
+        if self.auto_levels:
+            return _AUTO_BLOCK
+        return min(cast(HierarchicalLevel, level).block_size for level in self.pattern(1).levels)
+
+    @property
+    def pattern_type(self) -> str:
+        """The pattern's name in statistics."""
+        return self._pattern_name()
+
+    def validate(self) -> None:
+        """Checks the fields, also after a level was changed in place.
+
+        Raises:
+            ValueError: A level is not valid, or `level_configs` would have no effect beside `auto_levels=True`.
+        """
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
+        if self.auto_levels and self.level_configs is not None:
+            raise ValueError("level_configs: has no effect with auto_levels=True, which picks them; give one")
+
+    def pattern(self, seq_len: int | tuple[int, int]) -> Hierarchical:
+        """Builds the `bs_patterns` pattern for a length, on which it depends with `auto_levels` only."""
+        self.validate()
+        if self.auto_levels:
+            return Hierarchical.auto(seq_len, self.density or DEFAULT_DENSITY, block_size=_AUTO_BLOCK)
+        return Hierarchical() if self.level_configs is None else Hierarchical(self.level_configs)
+
+    def replace(self, **changes: Any) -> HierarchicalConfig:
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain data (no `None`), which `from_dict` reads back."""
+        values: dict[str, Any] = {"auto_levels": self.auto_levels}
+        if self.sparsity_ratio is not None:
+            values["sparsity_ratio"] = self.sparsity_ratio
+        if self.level_configs is not None:
+            values["level_configs"] = [dict(level) for level in self.level_configs]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HierarchicalConfig:
+        """Builds a config from a mapping.
+
+        Raises:
+            ValueError: An unknown field; the nearest known one is suggested.
+        """
+        check_names(values, list(_CHECKS), "field of HierarchicalConfig")
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """Returns the fields as TOML (needs the extra `train`)."""
+        from ._extras import require
+
+        return require("tomli_w").dumps(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, source: str | Path) -> HierarchicalConfig:
+        """Reads TOML: a `Path` is a file, a `str` is the text itself."""
+        return cls.from_dict(tomllib.loads(source.read_text() if isinstance(source, Path) else source))
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """What a layout cache keys on: changes with every change of a field, or of a level in place."""
+        levels = self.level_configs
+        plain = None if levels is None else tuple(tuple(level[name] for name in _LEVEL_FIELDS) for level in levels)
+        return (plain, self.sparsity_ratio, self.auto_levels)
+
+    def _pattern_name(self) -> str:
+        if self.auto_levels:
+            return "hierarchical (automatic levels)"
+        return f"hierarchical ({len(self.pattern(1).levels)} levels)"
+
+
+class BlockSparseHierarchical(BlockSparseRingDilatedAttention):
+    """Attention over several resolutions at once, one exact softmax over the union of their blocks.
+
+    Its cost is that of its active blocks, nothing per level. It never communicates.
+
+    Args:
+        segment_lengths: As for `BlockSparseRingDilatedAttention`.
+        dilation_rates: As for `BlockSparseRingDilatedAttention`.
+        sparse_config: A `HierarchicalConfig` or a mapping of its fields. The module keeps this very object: assigning
+            to its fields takes effect at the next call.
+        hierarchical_config: The same under another name; give one of the two.
+        device: As for `BlockSparseRingDilatedAttention`, like the arguments below.
+        dtype: See there.
+        num_heads: See there.
+        dropout: See there.
+        scale: See there.
+        mixed_precision: See there.
+        order: See there.
+        backend: See there.
+        deterministic: See there.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or both configs are given.
+
+    Source: Ye et al., "BP-Transformer", 2019, and Child et al., "Generating Long Sequences with Sparse Transformers",
+    2019, at block granularity.
+    """
+
+    sparse_config: Any
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] | None = None,
+        sparse_config: HierarchicalConfig | Mapping[str, Any] | None = None,
+        *,
+        hierarchical_config: HierarchicalConfig | Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        num_heads: int | None = None,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        mixed_precision: bool = False,
+        order: str = "auto",
+        backend: str = "auto",
+        deterministic: bool = True,
+    ) -> None:
+        if sparse_config is not None and hierarchical_config is not None:
+            raise ValueError("hierarchical_config: given beside sparse_config, which is the same; give one of the two")
+        name = "sparse_config" if hierarchical_config is None else "hierarchical_config"
+        config = sparse_config if hierarchical_config is None else hierarchical_config
+        if config is None:
+            config = HierarchicalConfig()
+        elif isinstance(config, Mapping):
+            config = HierarchicalConfig.from_dict(config)
+        elif not isinstance(config, HierarchicalConfig):
+            raise TypeError(f"{name}: expected a HierarchicalConfig or a mapping, got {config!r}")
+        super().__init__(
+            segment_lengths,
+            dilation_rates,
+            None,
+            device=device,
+            dtype=dtype,
+            num_heads=num_heads,
+            dropout=dropout,
+            scale=scale,
+            mixed_precision=mixed_precision,
+            order=order,
+            backend=backend,
+            deterministic=deterministic,
+        )
+        self.sparse_config = config
+
+    def _pattern_layout(self, seq_len: tuple[int, int], is_causal: bool, num_heads: int) -> BlockLayout:
+        config = self.sparse_config
+        return config.pattern(seq_len).layout(
+            seq_len,
+            block_size=config.block_size,
+            heads=num_heads,
+            causal=is_causal,
+            density=config.density,
+            candidates=self._candidates(),
+        )
+
+
+def _check_levels(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        levels = Hierarchical(value).levels
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("levels", name, 1)) from None
+    return [dataclasses.asdict(cast(HierarchicalLevel, level)) for level in levels]
+
+
+def _check_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+    return value
+
+
+_CHECKS = {"level_configs": _check_levels, "sparsity_ratio": check_density, "auto_levels": _check_flag}
