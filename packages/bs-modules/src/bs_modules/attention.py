@@ -233,7 +233,7 @@ class BlockSparseAttention(nn.Module):
         )
         if not self.mixed_precision:
             return result
-        return (result[0].to(dtype), result[1]) if return_lse else result.to(dtype)
+        return (result[0].to(dtype), result[1]) if isinstance(result, tuple) else result.to(dtype)
 
     def _layout_or_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> Any:
         return self.layout((q.shape[1], k.shape[1]), is_causal, q.shape[2])

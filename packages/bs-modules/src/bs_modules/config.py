@@ -164,7 +164,7 @@ def suggest(name: object, valid: list[str]) -> str:
     """Returns ` (did you mean '…'?)` for a near miss, else nothing."""
     import difflib
 
-    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.6) or [v for v in valid if str(name) in v]
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

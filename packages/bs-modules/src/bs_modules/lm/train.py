@@ -92,6 +92,7 @@ class Trainer:
         settings = self.settings
         self.step = 0
         self.seconds = 0.0
+        torch.manual_seed(settings.seed)  # nothing here draws from it; a dropout of the attention would
         self.model = build_model(settings).to(self.device)
         half = settings.dtype == "bfloat16"
         self.optimizer = Muon(

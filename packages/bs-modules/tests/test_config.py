@@ -1,0 +1,127 @@
+"""SparsePatternConfig: defaults, checks, conversion."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bs_modules import SparsePatternConfig
+from bs_patterns import DilatedSparse, GlobalLocal, LocalWindow
+
+
+def test_defaults_are_the_documented_ones():
+    config = SparsePatternConfig()
+    assert config.pattern_type == "dilated_sparse"
+    assert config.sparsity_ratio is None
+    assert config.block_size == 64
+    assert config.window_size is None
+    assert config.global_tokens == 64
+    assert config.dilation_rates is None
+    assert config.density == 0.1
+    assert config.pattern() == DilatedSparse((1, 2, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern", "density"),
+    [
+        ({"pattern_type": "local_window"}, LocalWindow(256), 0.1),
+        ({"pattern_type": "local_window", "window_size": 512}, LocalWindow(512), None),
+        ({"pattern_type": "local_window", "window_size": 512, "sparsity_ratio": 0.3}, LocalWindow(512), 0.3),
+        ({"pattern_type": "global_local"}, GlobalLocal(64, 256), 0.1),
+        ({"pattern_type": "global_local", "global_tokens": 128}, GlobalLocal(128, 256), None),
+        ({"dilation_rates": [2, 6]}, DilatedSparse((2, 6)), None),
+        ({"pattern_type": LocalWindow(32)}, LocalWindow(32), None),
+    ],
+)
+def test_pattern_and_density_follow_from_the_fields(fields, pattern, density):
+    config = SparsePatternConfig(**fields)
+    assert config.pattern() == pattern
+    assert config.density == density
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"sparsity_ratio": 0}, ValueError, r"sparsity_ratio: .*\(0, 1\].*got 0"),
+        ({"sparsity_ratio": 1.5}, ValueError, "got 1.5"),
+        ({"sparsity_ratio": float("nan")}, ValueError, "got nan"),
+        ({"sparsity_ratio": "0.1"}, TypeError, "got '0.1'"),
+        ({"sparsity_ratio": True}, TypeError, "got True"),
+        ({"block_size": 0}, ValueError, "block_size: .*got 0"),
+        ({"block_size": 6.4}, TypeError, "got 6.4"),
+        ({"block_size": (64, 32, 16)}, ValueError, "pair"),
+        ({"pattern_type": "local"}, ValueError, "did you mean 'local_window'"),
+        ({"pattern_type": 3}, TypeError, "got 3"),
+        ({"pattern_type": "local_window", "window_size": -1}, ValueError, "window_size: .*got -1"),
+        ({"dilation_rates": []}, ValueError, "at least one"),
+        ({"dilation_rates": [1, 0]}, ValueError, r"dilation_rates\[1\]: .*got 0"),
+        ({"dilation_rates": 4}, TypeError, "sequence"),
+        ({"window_size": 128}, ValueError, "window_size: has no effect with pattern_type='dilated_sparse'"),
+        ({"global_tokens": 128}, ValueError, "global_tokens: has no effect"),
+        ({"pattern_type": "local_window", "dilation_rates": [2]}, ValueError, "dilation_rates: has no effect"),
+        ({"pattern_type": LocalWindow(8), "window_size": 8}, ValueError, "window_size: has no effect"),
+    ],
+)
+def test_bad_fields_are_refused_with_their_name(fields, error, words):
+    with pytest.raises(error, match=words):
+        SparsePatternConfig(**fields)
+
+
+def test_assignment_is_checked_at_once_and_keeps_the_old_value():
+    config = SparsePatternConfig(sparsity_ratio=0.2)
+    with pytest.raises(ValueError, match="sparsity_ratio"):
+        config.sparsity_ratio = 2.0
+    assert config.sparsity_ratio == 0.2
+    with pytest.raises(AttributeError, match="sparsity"):
+        config.sparsity = 0.9
+
+
+def test_a_conflict_made_by_assignment_is_found_at_the_next_use():
+    config = SparsePatternConfig(dilation_rates=[2])
+    config.pattern_type = "local_window"
+    with pytest.raises(ValueError, match="dilation_rates: has no effect"):
+        config.pattern()
+
+
+@given(
+    st.sampled_from(["local_window", "dilated_sparse", "global_local"]),
+    st.none() | st.floats(0.001, 1),
+    st.integers(1, 512) | st.tuples(st.integers(1, 64), st.integers(1, 64)),
+    st.none() | st.integers(1, 4096),
+    st.integers(1, 512),
+    st.none() | st.lists(st.integers(1, 64), min_size=1),
+)
+def test_dict_and_toml_round_trip(pattern, density, block, window, tokens, rates):
+    fields = {"pattern_type": pattern, "sparsity_ratio": density, "block_size": block}
+    if pattern != "dilated_sparse":
+        fields["window_size"] = window
+    else:
+        fields["dilation_rates"] = rates
+    if pattern == "global_local":
+        fields["global_tokens"] = tokens
+    config = SparsePatternConfig(**fields)
+    assert SparsePatternConfig.from_dict(config.to_dict()) == config
+    assert SparsePatternConfig.from_toml(config.to_toml()) == config
+    assert deepcopy(config) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_toml_file(tmp_path: Path):
+    file = tmp_path / "sparse.toml"
+    file.write_text('pattern_type = "local_window"\nwindow_size = 96\n')
+    assert SparsePatternConfig.from_toml(file) == SparsePatternConfig("local_window", window_size=96)
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'sparsity_ratio'"):
+        SparsePatternConfig.from_dict({"sparsity_ration": 0.1})
+
+
+def test_a_pattern_object_has_no_dict():
+    with pytest.raises(TypeError, match="pattern_type"):
+        SparsePatternConfig(LocalWindow(8)).to_dict()

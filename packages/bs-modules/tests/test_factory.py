@@ -1,0 +1,111 @@
+"""Factory, presets and the choice table."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from bs_modules import (
+    BlockSparseRingDilatedAttention,
+    SparsePatternConfig,
+    choose_block_sparse,
+    create_block_sparse_attention,
+    get_block_sparse_preset,
+)
+
+
+@pytest.mark.parametrize("variant", ["auto", "base"])
+def test_variants_that_exist(variant):
+    module = create_block_sparse_attention(variant, sparsity_ratio=0.05, block_size=32)
+    assert type(module) is BlockSparseRingDilatedAttention
+    assert module.sparse_config == SparsePatternConfig(sparsity_ratio=0.05, block_size=32)
+
+
+def test_a_config_object_is_kept_as_it_is():
+    config = SparsePatternConfig("local_window", window_size=64)
+    assert create_block_sparse_attention(sparse_config=config).sparse_config is config
+
+
+def test_segments_and_constructor_arguments_pass_through():
+    module = create_block_sparse_attention(
+        "base", segment_lengths=[2048], dilation_rates=[1], sparsity_ratio=0.01, dropout=0.1, num_heads=4
+    )
+    assert (module.segment_lengths, module.dilation_rates) == ([2048], [1])
+    assert (module.dropout, module.num_heads) == (0.1, 4)
+
+
+@pytest.mark.parametrize("variant", ["hierarchical", "adaptive", "multihead", "distributed", "hilbert", "dilated"])
+def test_planned_variants_are_named_and_not_faked(variant):
+    with pytest.raises(NotImplementedError, match=f"variant: '{variant}' .*available: auto, base"):
+        create_block_sparse_attention(variant)
+
+
+def test_unknown_variant_suggests_the_nearest():
+    with pytest.raises(ValueError, match=r"variant: expected one of auto, base, got 'bass' \(did you mean 'base'\?\)"):
+        create_block_sparse_attention("bass")
+    with pytest.raises(TypeError, match="variant"):
+        create_block_sparse_attention(7)
+
+
+def test_unknown_argument_lists_the_valid_ones():
+    with pytest.raises(TypeError, match=r"sparsity: not an argument .*did you mean 'sparsity_ratio'.*block_size"):
+        create_block_sparse_attention("base", sparsity=0.1)
+    with pytest.raises(TypeError, match="embed_dim: not an argument of variant 'base'"):
+        create_block_sparse_attention(embed_dim=64, num_heads=4)
+
+
+def test_one_field_in_two_places_is_an_error():
+    with pytest.raises(ValueError, match="sparsity_ratio: given beside sparse_config"):
+        create_block_sparse_attention(sparsity_ratio=0.1, sparse_config=SparsePatternConfig())
+
+
+def test_the_reason_is_told_on_request(caplog):
+    with caplog.at_level(logging.INFO, "bs_modules"):
+        create_block_sparse_attention()
+        assert not caplog.records
+        create_block_sparse_attention(explain=True)
+    assert "variant 'base'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variant"),
+    [
+        ((8192, "research"), "adaptive"),
+        ((8192, "production"), "base"),
+        ((50_000, "production"), "base"),
+        ((50_001, "production"), "hierarchical"),
+        ((50_001, "production", 2), "distributed"),
+        ((512, "drop_in_replacement"), "multihead"),
+        ((10**6, "extreme_length"), "hierarchical"),
+        ((8192, "anything"), "base"),
+    ],
+)
+def test_the_choice_table(arguments, variant):
+    assert choose_block_sparse(*arguments) == variant
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0, "research"), (8192, 3), ("8192", "research"), (8192, "production", -1), (True, "research")]
+)
+def test_the_choice_table_checks_its_arguments(arguments):
+    with pytest.raises((TypeError, ValueError), match=r"seq_len|use_case|num_gpus"):
+        choose_block_sparse(*arguments)
+
+
+@pytest.mark.parametrize("name", ["local", "dilated", "global_local", "ultra_sparse"])
+def test_presets_and_their_overrides(name):
+    module = get_block_sparse_preset(name)
+    assert 0 < module.layout(16_384).density < 0.15
+    assert get_block_sparse_preset(name, sparsity_ratio=0.5).sparse_config.sparsity_ratio == 0.5
+
+
+def test_preset_names():
+    with pytest.raises(ValueError, match="did you mean 'local'"):
+        get_block_sparse_preset("locl")
+    with pytest.raises(NotImplementedError, match="hierarchical_long"):
+        get_block_sparse_preset("hierarchical_long")
+    with pytest.raises(TypeError, match="name"):
+        get_block_sparse_preset(None)
+    with pytest.raises(TypeError, match="windowsize"):
+        get_block_sparse_preset("local", windowsize=3)
