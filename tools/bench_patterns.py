@@ -266,7 +266,7 @@ def page(results: dict[str, Any]) -> str:
             "",
             "## Orders of a layout of 1,000,000 active blocks",
             "",
-            "`locality` simulates a cache of 256 blocks in Hilbert order; `hilbert_tokens` permutes 1024 × 1024 tokens.",
+            "`locality`: a cache of 256 blocks, in Hilbert order. `hilbert_tokens`: 1024 × 1024 tokens.",
             "",
             "| order | cold s | best s | peak MiB |",
             "|---|---:|---:|---:|",

@@ -200,7 +200,12 @@ def test_layout_arguments_override_the_configuration():
             ValueError,
             "seed: expected None when num_random_blocks=0 (nothing is random), got 3",
         ),
-        (lambda: BigBird(seed=-1), ValueError, "seed: expected an integer in [0, 18446744073709551615], got -1"),
+        (
+            lambda: BigBird(seed=2**64),
+            ValueError,
+            "seed: expected an integer ≥ 0 and below 2**64, got 18446744073709551616",
+        ),
+        (lambda: BigBird(seed=-1), ValueError, "seed: expected an integer ≥ 0, got -1"),
         (lambda: BigBird(num_random_blocks=-1), ValueError, "num_random_blocks: expected an integer ≥ 0, got -1"),
         (lambda: Fixed(num_heads=4).layout(64, heads=3), ValueError, "heads: expected 1 or num_heads=4, got 3"),
         (

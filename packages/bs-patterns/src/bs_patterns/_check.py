@@ -7,14 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 INT32_MAX = 2**31 - 1
-#: Sizes stay below this, so that sums and products of a few of them fit int64.
-TOO_LARGE = 2**48
 
 
-def integer(name: str, value: Any, *, low: int = 1, high: int | None = None) -> int:
+def integer(name: str, value: Any, *, low: int = 1, high: int | None = None, bits: int = 48) -> int:
     """Return ``value`` as an int in ``[low, high]``; TypeError for a non-integer, ValueError outside the range.
 
-    Without ``high``, values of 2**48 and more are refused.
+    Without ``high``, values of 2**bits and more are refused: sums and products of a few sizes must fit int64.
     """
     expected = f"an integer ≥ {low}" if high is None else f"an integer in [{low}, {high}]"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -25,8 +23,8 @@ def integer(name: str, value: Any, *, low: int = 1, high: int | None = None) -> 
         raise TypeError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})") from None
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name}: expected {expected}, got {number}")
-    if high is None and number >= TOO_LARGE:
-        raise ValueError(f"{name}: expected {expected} and below 2**48, got {number}")
+    if high is None and number >= 2**bits:
+        raise ValueError(f"{name}: expected {expected} and below 2**{bits}, got {number}")
     return number
 
 

@@ -88,7 +88,7 @@ class ClassicPattern(Pattern):
 def check_random(count: int, seed: int | None) -> None:
     _check.integer("num_random_blocks", count, low=0)
     if seed is not None:
-        _check.integer("seed", seed, low=0, high=2**64 - 1)
+        _check.integer("seed", seed, low=0, bits=64)
         if count == 0:
             raise ValueError(f"seed: expected None when num_random_blocks=0 (nothing is random), got {seed}")
 
