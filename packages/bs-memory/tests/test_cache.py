@@ -1,6 +1,8 @@
 """DeviceCache: bounds, hot keys, single flight, devices, weak keys, invalidation."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 from collections import OrderedDict
@@ -12,6 +14,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bs_memory import DeviceCache, MemoryPressure, PressureLevel
 from bs_memory.testing import FakeClock, FakeMemory
@@ -97,6 +100,25 @@ def test_builds_carry_no_history_and_serve_training(grad):
     assert not value.requires_grad
     assert not value.is_inference()
     (weight * value).sum().backward()
+
+
+def test_fake_values_are_not_kept():
+    cache = new_cache()
+    with FakeTensorMode():
+        fake = cache.get_or_build("key", lambda: [torch.ones(3)])
+        with pytest.raises(TypeError, match="expected real tensors"):
+            cache.put("key", fake)
+    assert type(fake[0]) is not torch.Tensor
+    assert "key" not in cache
+    assert type(cache.get_or_build("key", lambda: torch.ones(3))) is torch.Tensor
+
+
+def test_copies_of_a_cache_are_the_cache():
+    cache = new_cache(max_entries=3)
+    cache.put("key", 1)
+    assert copy.deepcopy([cache])[0] is copy.copy(cache) is cache
+    twin = pickle.loads(pickle.dumps(cache))
+    assert (len(twin), twin._options) == (0, cache._options)
 
 
 def test_statistics_count_every_look_up():

@@ -1,12 +1,15 @@
 """BufferPool on the CPU: leases, errors, reuse, budget, eviction, statistics."""
 
+import copy
 import gc
+import pickle
 import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bs_memory import BufferPool, Lease, LeaseError, PoolBudgetError, PoolClosedError, bucket_bytes, default_pool
 from bs_memory.testing import dtypes, shapes
@@ -486,6 +489,30 @@ def test_a_dropped_pool_is_collected():
     del pool
     gc.collect()
     assert watch() is None
+
+
+def test_copies_of_a_pool_are_the_pool(pool):
+    assert copy.deepcopy({"pool": pool})["pool"] is pool
+    assert copy.copy(pool) is pool
+    assert pickle.loads(pickle.dumps(default_pool())) is default_pool()
+
+
+def test_a_pickled_pool_keeps_its_options_and_no_buffers():
+    pool = new_pool(max_bytes=KIB, alignment=128)
+    lease = pool.lease((4,), F32, "cpu")
+    twin = pickle.loads(pickle.dumps(pool))
+    assert (twin.stats().buffers, twin._options) == (0, pool._options)
+    for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot be copied or pickled"):
+            attempt(lease)
+    lease.release()
+
+
+def test_fake_tensors_are_not_recycled(pool):
+    with FakeTensorMode(), pool.lease((4,), F32, "cpu") as fake:
+        assert type(fake) is not torch.Tensor
+    with pool.lease((4,), F32, "cpu") as real:
+        assert type(real) is torch.Tensor
 
 
 def test_leasing_warns_of_nothing(pool):

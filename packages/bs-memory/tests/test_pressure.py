@@ -1,5 +1,7 @@
 """MemoryPressure: levels, hysteresis, adaptation, callbacks, cost."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -216,6 +218,13 @@ def test_a_slow_reading_holds_up_nobody_else(clock):
 def test_bad_thresholds_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         MemoryPressure(**options)
+
+
+def test_copies_of_a_gauge_are_the_gauge(pressure):
+    assert copy.deepcopy([pressure])[0] is copy.copy(pressure) is pressure
+    assert pickle.loads(pickle.dumps(default_pressure())) is default_pressure()
+    twin = pickle.loads(pickle.dumps(MemoryPressure(high=0.3)))
+    assert twin.watermark(HIGH) >= default_pressure().watermark(HIGH)
 
 
 def test_misuse_is_named(pressure):

@@ -1,5 +1,6 @@
 """DeviceCache: values built once, kept per device while they are hot."""
 
+import functools
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -12,7 +13,7 @@ import torch
 from bs_memory import _lifecycle
 from bs_memory._devices import canonical_device
 from bs_memory._flight import Flight
-from bs_memory._footprint import footprint, to_device
+from bs_memory._footprint import FakeValueError, footprint, to_device
 from bs_memory._pressure import MemoryPressure, PressureLevel, default_pressure
 from bs_memory._readings import MemoryReading
 from bs_memory._residence import Residence, residences
@@ -77,9 +78,11 @@ class DeviceCache:
     A build runs outside the lock, in at most one thread per key; threads that want the same key meanwhile wait for
     it. A build that raises leaves nothing behind: its caller gets the exception, a waiting thread builds for itself.
     Builds run without gradients and outside inference mode, so that a value built in an evaluation loop can serve
-    training. A value found on an accelerator stream other than the one that built it is made safe to read there.
+    training. Values with fake tensors, built while torch.compile traces, are handed out and not kept. A value found on
+    an accelerator stream other than the one that built it is made safe to read there.
 
-    After a fork the child's cache is empty.
+    After a fork the child's cache is empty. A copy of a cache is the cache itself, so that a module which holds one can
+    be copied; unpickled, it is a new and empty one with the same bounds.
 
     Args:
         max_bytes: the most bytes to hold; None bounds nothing. A larger value is returned but not kept.
@@ -121,6 +124,14 @@ class DeviceCache:
         self._pressure = default_pressure() if pressure == "auto" else pressure
         self._size_of = size_of
         self._streams = streams
+        self._options = {
+            "max_bytes": max_bytes,
+            "max_entries": max_entries,
+            "weak_keys": weak_keys,
+            "pressure": pressure,
+            "size_of": size_of,
+            "streams": streams,
+        }
         self._start()
         if self._pressure is not None:
             this = weakref.ref(self)
@@ -322,6 +333,15 @@ class DeviceCache:
         bounds = f"max_bytes={self._max_bytes}, max_entries={self._max_entries}"
         return f"DeviceCache({stats.entries} entries, {stats.bytes_held} bytes, {bounds})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceCache":
+        return self
+
+    def __copy__(self) -> "DeviceCache":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(DeviceCache, **self._options), ()
+
     # ---------------------------------------------------------------- inside
 
     def _full_key(self, key: Hashable, device: torch.device | str | int | None) -> tuple[Any, torch.device | None]:
@@ -344,8 +364,11 @@ class DeviceCache:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 value = build()
-            entry = self._entry(full, value)
-            self._relieve_if_needed(entry.place)
+            try:
+                entry = self._entry(full, value)
+                self._relieve_if_needed(entry.place)
+            except FakeValueError:  # torch.compile is tracing: its stand-ins are good for this caller only
+                entry = None
         except BaseException:
             with self._lock:
                 self._failures += 1
@@ -356,8 +379,12 @@ class DeviceCache:
         with self._lock:
             if self._flights.get(full) is flight:  # else it was invalidated meanwhile
                 del self._flights[full]
-                self._insert(full, entry)
-        flight.land(entry)
+                if entry is not None:
+                    self._insert(full, entry)
+        if entry is None:
+            flight.fail()
+        else:
+            flight.land(entry)
         self._trash.clear()
         return value
 

@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree
 
 # Shared with the rest of the program, or without a size of their own that would mean anything.
 _ATOMS = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.device)
+
+
+class FakeValueError(TypeError):
+    """A value holds fake tensors, which stand for real ones while torch.compile traces: never to be kept."""
 
 
 def footprint(value: Any) -> tuple[int, list[torch.Tensor]]:
@@ -22,6 +27,9 @@ def footprint(value: Any) -> tuple[int, list[torch.Tensor]]:
     Returns:
         The bytes of every distinct tensor storage (a view keeps its whole storage alive, so that is what it costs),
         of arrays and of the Python objects between them; and the tensors that are not on the CPU.
+
+    Raises:
+        FakeValueError: if the value holds fake tensors.
     """
     nbytes = 0
     elsewhere: list[torch.Tensor] = []
@@ -34,6 +42,8 @@ def footprint(value: Any) -> tuple[int, list[torch.Tensor]]:
             continue
         seen.add(id(item))
         if isinstance(item, torch.Tensor):
+            if isinstance(item, FakeTensor):
+                raise FakeValueError("value: expected real tensors, got fake ones")
             parts = _parts(item)
             if parts:
                 queue += parts

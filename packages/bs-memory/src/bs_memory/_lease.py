@@ -1,7 +1,7 @@
 """A lease: the exclusive right to one buffer."""
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -95,6 +95,9 @@ class Lease:
         # An exception on its way out is worth more than the complaint about a second release.
         if exc_type is None or self._block is not None:
             self.release()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("lease: expected to stay where it is, since it cannot be copied or pickled")
 
     def __repr__(self) -> str:
         tensor = self._tensor

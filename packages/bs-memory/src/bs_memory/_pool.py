@@ -1,5 +1,6 @@
 """BufferPool: exclusive, recycled buffers under a byte budget."""
 
+import functools
 import itertools
 import math
 import threading
@@ -20,7 +21,7 @@ from bs_memory._pressure import MemoryPressure, PressureLevel, default_pressure
 from bs_memory._readings import MemoryReading
 from bs_memory._request import checked_shape
 from bs_memory._stats import PoolStats, collect
-from bs_memory._storage import NONE, OF_A_GRAPH, Block, Bucket, Request, drop
+from bs_memory._storage import NONE, ONE_OFF, Block, Bucket, Request, drop
 from bs_memory._streams import StreamBackend, streams_of
 
 _MAX_REQUESTS = 4096  # distinct requests remembered; shapes that never repeat must not pile up
@@ -39,7 +40,8 @@ class BufferPool:
     captured, leases are plain allocations of the graph's own pool.
 
     After a fork the child's pool is empty. Leases taken before the fork stay readable in the child and are dropped,
-    not recycled, when released there.
+    not recycled, when released there. A copy of a pool is the pool itself, so that a module which holds one can be
+    copied; unpickled, it is a new and empty one with the same options.
 
     Args:
         max_bytes: the most bytes to hold per device, leased and idle together; None bounds nothing. When a lease would
@@ -78,6 +80,13 @@ class BufferPool:
         self._pressure = default_pressure() if pressure == "auto" else pressure
         self._poison = poison
         self._streams = streams
+        self._options = {
+            "max_bytes": max_bytes,
+            "alignment": alignment,
+            "pressure": pressure,
+            "poison": poison,
+            "streams": streams,
+        }
         self._closed = False
         self._start()
         if self._pressure is not None:
@@ -250,6 +259,17 @@ class BufferPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BufferPool":
+        return self
+
+    def __copy__(self) -> "BufferPool":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self is _default:
+            return default_pool, ()
+        return functools.partial(BufferPool, **self._options), ()
+
     # ---------------------------------------------------------------- looking
 
     def stats(self, device: torch.device | str | int | None = None) -> PoolStats:
@@ -388,7 +408,9 @@ class BufferPool:
         except BaseException:
             account.unbook(bucket.charge)
             raise
-        block = Block(bucket, flat, OF_A_GRAPH if capturing else bucket.epoch)
+        # Fake tensors, under torch.compile's tracing, are as little for others as the memory of a graph.
+        one_off = capturing or type(flat) is not torch.Tensor
+        block = Block(bucket, flat, ONE_OFF if one_off else bucket.epoch)
         if streams is not None:
             block.origin = block.home = streams.current()
         with bucket.lock:

@@ -1,11 +1,13 @@
 """Memory pressure: a level per device that pools and caches ask before they grow."""
 
 import enum
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,7 +48,8 @@ class MemoryPressure:
     not scarcity), and a reported allocation failure doubles them, since fragmentation made the reading too hopeful;
     that widening halves every `half_life` seconds.
 
-    Between readings, `level` costs a clock and a dictionary look-up; it takes no lock.
+    Between readings, `level` costs a clock and a dictionary look-up; it takes no lock. A copy of a gauge is the gauge
+    itself; unpickled, it is a new one with the same thresholds and no subscribers.
 
     Args:
         high: share of the total below which free memory means `HIGH`, in (0, 1).
@@ -88,6 +91,16 @@ class MemoryPressure:
             raise ValueError(f"interval: expected seconds ≥ 0, got {interval}")
         if half_life <= 0:
             raise ValueError(f"half_life: expected seconds > 0, got {half_life}")
+        self._options = {
+            "high": high,
+            "critical": critical,
+            "hysteresis": hysteresis,
+            "ceiling": ceiling,
+            "interval": interval,
+            "half_life": half_life,
+            "reader": reader,
+            "clock": clock,
+        }
         self._shares = {PressureLevel.HIGH: high, PressureLevel.CRITICAL: critical}
         self._hysteresis = hysteresis
         self._ceiling = ceiling
@@ -176,6 +189,17 @@ class MemoryPressure:
             self._callbacks.pop(token, None)
 
         return unsubscribe
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MemoryPressure":
+        return self
+
+    def __copy__(self) -> "MemoryPressure":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self is _default:
+            return default_pressure, ()
+        return functools.partial(MemoryPressure, **self._options), ()
 
     def _fresh(self, device: torch.device) -> _Gauge:
         gauge = self._gauges.get(device)

@@ -46,7 +46,7 @@ def oom_recovery(
     combine: Callable[[list[T]], T] | None = None,
     granularity: int = 1,
     piece_size: int | None = None,
-    device: torch.device | str | int = "cpu",
+    device: torch.device | str | int | None = None,
     free: Sequence[Callable[[], object]] = (),
     approximations: Sequence[Approximation] = (),
     allow_approximation: bool = False,
@@ -71,7 +71,8 @@ def oom_recovery(
             that returns None. It needs memory for its result next to the pieces; writing in place does not.
         granularity: pieces are multiples of this many units, but for the last.
         piece_size: units per piece to begin with, such as an earlier report's `piece_size`; None begins with the whole.
-        device: where the memory runs out.
+        device: where memory may run out; None to go by the error (the current accelerator for
+            `torch.OutOfMemoryError`, else the CPU).
         free: further functions that give memory up.
         approximations: what may be tried last, best first.
         allow_approximation: permits them. Without it they are only mentioned in the error.
@@ -93,15 +94,17 @@ def oom_recovery(
     _check(size, combine, granularity, piece_size)
     if allow_approximation and not approximations:
         raise ValueError("allow_approximation: expected False without approximations, got True")
-    where = canonical_device(device)
+    where = None if device is None else canonical_device(device)
     failure = None
     if piece_size is None or size is None or piece_size >= size:
         try:
             return _run(work, combine, size), RecoveryReport(piece_size=size)
         except Exception as error:
+            where = where or _device_of(error)
             if not _can_recover(error, where):
                 raise
             failure = _released(error)
+    where = where or _device_of(None)
     # Outside the handler: while it runs, the exception keeps the failed attempt's frames and their tensors alive.
     attempt = _Attempt(work, size, combine, granularity, where, free, name, unit)
     value, failure = attempt.recover(failure, piece_size)
@@ -247,6 +250,19 @@ def _run(work: Callable[..., Any], combine: object, stop: int | None, start: int
             f"work: expected None without a combine, since its size may be split; got {type(value).__name__}"
         )
     return value
+
+
+def _device_of(error: BaseException | None) -> torch.device:
+    """Where memory ran out, as far as the error says."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, torch.OutOfMemoryError) and torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator()
+            assert kind is not None
+            return torch.device(kind.type, torch.accelerator.current_device_index())
+        error = error.__cause__ or error.__context__
+    return torch.device("cpu")
 
 
 def _can_recover(error: BaseException, device: torch.device) -> bool:

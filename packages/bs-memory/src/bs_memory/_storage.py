@@ -12,7 +12,7 @@ from bs_memory._streams import StreamBackend
 if TYPE_CHECKING:
     from bs_memory._account import Account
 
-OF_A_GRAPH = -1  # the epoch of a block that a captured graph uses: never recycled
+ONE_OFF = -1  # the epoch of a block that is never recycled, such as one that a captured graph uses
 NONE = -2  # the epoch of no block
 _SCAN = 8  # idle blocks looked at before giving up on finding one whose work is done
 
@@ -217,7 +217,7 @@ class Bucket:
         """Marks the work queued so far on every stream that used the block; whether it may be recycled after that."""
         streams = self.streams
         assert streams is not None
-        if self.orphaned or block.epoch == OF_A_GRAPH:
+        if self.orphaned or block.epoch == ONE_OFF:
             return False
         if streams.capturing():
             # An event recorded now belongs to the graph and can never be queried: torch's allocator takes over.

@@ -54,16 +54,16 @@ class TorchStreams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._module = torch.get_device_module(device)
-        # Creating an event costs a driver call; recording one again does not. deque's append and pop are atomic.
-        self._spare: deque[Any] = deque(maxlen=self._KEEP_EVENTS)
+        # Creating an event costs a driver call; recording one again, on its own device, does not. Atomic steps only.
+        self._spare: dict[Any, deque[Any]] = {}
 
     def current(self) -> Any:
         return self._module.current_stream(self._device)
 
     def record(self, stream: Any) -> Any:
         try:
-            event = self._spare.pop()
-        except IndexError:
+            event = self._spare[stream.device].pop()
+        except (KeyError, IndexError):
             event = self._module.Event()
         event.record(stream)
         return event
@@ -78,7 +78,7 @@ class TorchStreams:
         event.synchronize()
 
     def recycle(self, event: Any) -> None:
-        self._spare.append(event)
+        self._spare.setdefault(event.device, deque(maxlen=self._KEEP_EVENTS)).append(event)
 
     def capturing(self) -> bool:
         probe = getattr(self._module, "is_current_stream_capturing", None)
