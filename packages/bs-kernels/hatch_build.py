@@ -58,7 +58,7 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{shlex.join(command)}\n" + "\n".join(lines))
 
 
-def compile_core(sources: Path, library: Path, scratch: Path) -> dict[str, Any]:
+def compile_core(sources: Path, library: Path, scratch: Path, main: Path | None = None) -> dict[str, Any]:
     """Compile and link the core.
 
     Instruction sets that the compiler does not know, and OpenMP, are left out with a note; the portable engine is not.
@@ -67,6 +67,7 @@ def compile_core(sources: Path, library: Path, scratch: Path) -> dict[str, Any]:
         sources: the ``csrc`` directory.
         library: where the shared library goes; replaced in one step.
         scratch: an empty directory for object files.
+        main: a source with ``main``; then the core is linked with it into a program instead of a library.
 
     Returns:
         ``compiler``, ``isa`` (names built in), ``openmp`` and ``notes`` (what was left out, and why).
@@ -108,7 +109,8 @@ def compile_core(sources: Path, library: Path, scratch: Path) -> dict[str, Any]:
     objects.append(build("dispatch", tuple(f"-DBSA_WITH_{name.upper()}" for name in isa)))
 
     partial = library.with_name(library.name + ".partial")
-    _run([*compiler, "-shared", *openmp, *extra, *map(str, objects), "-o", str(partial)])
+    kind = ["-shared"] if main is None else ["-std=c++17", str(main)]
+    _run([*compiler, *kind, *openmp, *extra, *map(str, objects), "-o", str(partial)])
     partial.replace(library)
     return {"compiler": shlex.join(compiler), "isa": isa, "openmp": bool(openmp), "notes": notes}
 

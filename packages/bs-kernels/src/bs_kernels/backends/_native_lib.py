@@ -51,10 +51,7 @@ class CoreCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q_bounds", "kv_bounds", "q_start", "kv_start")),
         ("band_lo", ctypes.c_int64),
         ("band_hi", ctypes.c_int64),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("key_padding", "q_segments", "kv_segments", "sinks", "page_table")
-        ),
+        *((name, ctypes.c_void_p) for name in ("key_padding", "q_segments", "kv_segments", "sinks", "page_table")),
         *((name, CoreTensor) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("lse", "delta")),
     )
@@ -72,9 +69,7 @@ class NativeCore:
             )
         self.path = path
         self.threaded = bool(library.bsa_openmp())
-        self.supported = tuple(
-            name for number, name in enumerate(ISA_NAMES) if library.bsa_isa_supported(number)
-        )
+        self.supported = tuple(name for number, name in enumerate(ISA_NAMES) if library.bsa_isa_supported(number))
         self._run = {name: getattr(library, f"bsa_{name}") for name in ("forward", "backward")}
         for function in self._run.values():
             function.argtypes = (ctypes.POINTER(CoreCall),)

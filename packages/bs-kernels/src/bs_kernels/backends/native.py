@@ -42,7 +42,9 @@ class NativeBackend:
         if problem.device != "cpu":
             reasons.append(f"it runs on CPU, not on {problem.device}")
         if problem.dtype not in _DTYPES:
-            reasons.append(f"it computes float32, bfloat16 and float16, not {str(problem.dtype).removeprefix('torch.')}")
+            reasons.append(
+                f"it computes float32, bfloat16 and float16, not {str(problem.dtype).removeprefix('torch.')}"
+            )
         if problem.attn_bias is not None:
             reasons.append("it has no attn_bias")
         if problem.block_bias:

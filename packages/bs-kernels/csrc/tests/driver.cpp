@@ -1,0 +1,269 @@
+// Runs the core over random problems on every instruction set of this machine, against a loop in double precision. Made for
+// the sanitizers: every buffer is an exact heap allocation, so one element too far is an error. Usage: driver [problems]
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../call.h"
+
+namespace {
+
+using Rng = std::mt19937;
+long uniform(Rng& g, long lo, long hi) { return std::uniform_int_distribution<long>(lo, hi)(g); }
+bool chance(Rng& g, double p) { return std::bernoulli_distribution(p)(g); }
+
+float widen(const void* p, int dtype, long i) {
+  if (dtype == BSA_F32) return static_cast<const float*>(p)[i];
+  const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  if (dtype == BSA_BF16) {
+    const uint32_t bits = uint32_t(h) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  const int exponent = h >> 10 & 31, fraction = h & 1023;
+  const float x = exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
+  return h & 0x8000 ? -x : x;
+}
+
+// A [batch, token, head, dim] tensor with gaps between its rows.
+struct Tensor {
+  int dtype;
+  long batch, tokens, heads, dim, pad;
+  std::vector<char> bytes;
+  long row() const { return dim + pad; }
+  long index(long b, long t, long h, long d) const { return ((b * tokens + t) * heads + h) * row() + d; }
+  double get(long b, long t, long h, long d) const { return widen(bytes.data(), dtype, index(b, t, h, d)); }
+  bsa_tensor view() { return {bytes.data(), tokens * heads * row(), heads * row(), row()}; }
+  Tensor(Rng& g, int type, long b, long t, long h, long d, bool fill)
+      : dtype(type), batch(b), tokens(t), heads(h), dim(d), pad(uniform(g, 0, 2)) {
+    // The last row ends where its elements end.
+    const long n = b * t * h * row() - pad;
+    bytes.resize(size_t(n < 0 ? 0 : n) * (type == BSA_F32 ? 4 : 2));
+    if (!fill) return;
+    std::normal_distribution<float> normal;
+    for (long i = 0; i < n; ++i) {
+      const float x = normal(g);
+      if (type == BSA_F32) {
+        std::memcpy(bytes.data() + i * 4, &x, 4);
+      } else {
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        // Cut to 8 bits of fraction at most; f16 takes values in [2^-14, 8) only, which is all that the test needs.
+        const uint16_t half = std::fabs(x) < 0x1p-14f ? 0 : uint16_t((bits >> 16 & 0x8000) | (((bits & 0x7fffffff) - 0x38000000) >> 13));
+        const uint16_t h = type == BSA_BF16 ? uint16_t(bits >> 16) : half;
+        std::memcpy(bytes.data() + i * 2, &h, 2);
+      }
+    }
+  }
+};
+
+struct Problem {
+  bsa_call c{};
+  std::vector<int32_t> row_begin, row_end, indices, col_begin, col_end, t_rows, row_order, col_order, q_bounds, kv_bounds, q_start,
+      kv_start, q_segments, kv_segments, pages;
+  std::vector<uint8_t> padding;
+  std::vector<float> sinks;
+  std::vector<bool> active;  // [layouts, heads, q_blocks, kv_blocks]
+  bool is_active(long b, long h, long i, long j) const {
+    const long l = c.layouts == 1 ? 0 : b, x = c.layout_heads == 1 ? 0 : h;
+    return active[((l * c.layout_heads + x) * c.q_blocks + i) * c.kv_blocks + j];
+  }
+};
+
+std::vector<int32_t> cut(Rng& g, long length, long block, bool ragged) {
+  std::vector<int32_t> bounds{0};
+  for (long at = 0; at < length;) {
+    at += ragged ? uniform(g, 1, block) : block;
+    bounds.push_back(int32_t(at < length ? at : length));
+  }
+  return bounds;
+}
+
+Problem make(Rng& g) {
+  Problem p;
+  bsa_call& c = p.c;
+  c.abi_version = BSA_ABI_VERSION;
+  c.batch = uniform(g, 1, 2), c.kv_heads = uniform(g, 1, 3), c.q_heads = c.kv_heads * uniform(g, 1, 2);
+  c.q_len = uniform(g, 1, 150), c.kv_len = uniform(g, 1, 200), c.dim = uniform(g, 1, 72), c.v_dim = uniform(g, 1, 72);
+  c.scale = float(1 / std::sqrt(double(c.dim)));
+  c.layouts = chance(g, .5) ? 1 : c.batch, c.layout_heads = chance(g, .5) ? 1 : c.q_heads;
+  p.q_bounds = cut(g, c.q_len, uniform(g, 1, 140), chance(g, .3)), p.kv_bounds = cut(g, c.kv_len, uniform(g, 16, 140), chance(g, .3));
+  c.q_blocks = long(p.q_bounds.size()) - 1, c.kv_blocks = long(p.kv_bounds.size()) - 1;
+  for (long i = 0; i < c.q_blocks; ++i) p.q_start.push_back(p.q_bounds[i] + int32_t(c.kv_len - c.q_len));
+  for (long j = 0; j < c.kv_blocks; ++j) p.kv_start.push_back(p.kv_bounds[j]);
+  c.band_lo = chance(g, .3) ? -uniform(g, 0, 60) : -(1L << 30), c.band_hi = chance(g, .5) ? uniform(g, 0, 20) : 1L << 30;
+  const double density = std::uniform_real_distribution<double>(0, 1.2)(g);
+  for (long l = 0; l < c.layouts * c.layout_heads; ++l) {
+    const long first = long(p.active.size());
+    for (long x = 0; x < c.q_blocks * c.kv_blocks; ++x) p.active.push_back(chance(g, density < 1 ? density : 1));
+    for (long i = 0; i < c.q_blocks; ++i) {
+      p.row_begin.push_back(int32_t(p.indices.size()));
+      for (long j = 0; j < c.kv_blocks; ++j)
+        if (p.active[first + i * c.kv_blocks + j]) p.indices.push_back(int32_t(j));
+      p.row_end.push_back(int32_t(p.indices.size()));
+      p.row_order.push_back(int32_t(l * c.q_blocks + c.q_blocks - 1 - i));
+    }
+    for (long j = 0; j < c.kv_blocks; ++j) {
+      p.col_begin.push_back(int32_t(p.t_rows.size()));
+      for (long i = 0; i < c.q_blocks; ++i)
+        if (p.active[first + i * c.kv_blocks + j]) p.t_rows.push_back(int32_t(i));
+      p.col_end.push_back(int32_t(p.t_rows.size()));
+      p.col_order.push_back(int32_t(l * c.kv_blocks + j));
+    }
+  }
+  c.layouts = c.layouts, c.row_begin = p.row_begin.data(), c.row_end = p.row_end.data(), c.indices = p.indices.data();
+  c.col_begin = p.col_begin.data(), c.col_end = p.col_end.data(), c.t_rows = p.t_rows.data();
+  c.row_order = p.row_order.data(), c.col_order = p.col_order.data(), c.q_bounds = p.q_bounds.data();
+  c.kv_bounds = p.kv_bounds.data(), c.q_start = p.q_start.data(), c.kv_start = p.kv_start.data();
+  if (chance(g, .3)) {
+    for (long n = 0; n < c.batch * c.kv_len; ++n) p.padding.push_back(chance(g, .8));
+    c.key_padding = p.padding.data();
+  }
+  if (chance(g, .3)) {
+    for (long n = 0; n < c.batch * c.q_len; ++n) p.q_segments.push_back(int32_t(n / 40 % 3));
+    for (long n = 0; n < c.batch * c.kv_len; ++n) p.kv_segments.push_back(int32_t(n / 50 % 3));
+    c.q_segments = p.q_segments.data(), c.kv_segments = p.kv_segments.data();
+  }
+  if (chance(g, .3)) {
+    for (long h = 0; h < c.q_heads; ++h) p.sinks.push_back(float(h) - 1.f);
+    c.sinks = p.sinks.data();
+  }
+  return p;
+}
+
+struct Answer {
+  std::vector<double> out, lse, dq, dk, dv;
+};
+
+// The definition, pair by pair.
+Answer define(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& dout, const std::vector<float>& dlse,
+              std::vector<float>& delta) {
+  const bsa_call& c = p.c;
+  Answer a;
+  a.out.assign(size_t(c.batch * c.q_len * c.q_heads * c.v_dim), 0);
+  a.lse.assign(size_t(c.batch * c.q_heads * c.q_len), -INFINITY);
+  a.dq.assign(size_t(c.batch * c.q_len * c.q_heads * c.dim), 0);
+  a.dk.assign(size_t(c.batch * c.kv_len * c.kv_heads * c.dim), 0);
+  a.dv.assign(size_t(c.batch * c.kv_len * c.kv_heads * c.v_dim), 0);
+  delta.assign(a.lse.size(), 0);
+  std::vector<double> s(size_t(c.kv_len), 0);
+  for (long b = 0; b < c.batch; ++b)
+    for (long h = 0; h < c.q_heads; ++h)
+      for (long i = 0; i < c.q_blocks; ++i)
+        for (long t = c.q_bounds[i]; t < c.q_bounds[i + 1]; ++t) {
+          const long kh = h / (c.q_heads / c.kv_heads), x = (b * c.q_heads + h) * c.q_len + t;
+          double top = c.sinks ? c.sinks[h] : -INFINITY;
+          for (long j = 0; j < c.kv_blocks; ++j)
+            for (long n = c.kv_bounds[j]; n < c.kv_bounds[j + 1]; ++n) {
+              const long distance = c.kv_start[j] + n - c.kv_bounds[j] - (c.q_start[i] + t - c.q_bounds[i]);
+              const bool kept = p.is_active(b, h, i, j) && distance >= c.band_lo && distance <= c.band_hi &&
+                                (!c.key_padding || c.key_padding[b * c.kv_len + n]) &&
+                                (!c.q_segments || c.q_segments[b * c.q_len + t] == c.kv_segments[b * c.kv_len + n]);
+              s[n] = -INFINITY;
+              if (!kept) continue;
+              s[n] = 0;
+              for (long d = 0; d < c.dim; ++d) s[n] += q.get(b, t, h, d) * k.get(b, n, kh, d);
+              s[n] *= c.scale;
+              top = s[n] > top ? s[n] : top;
+            }
+          if (top == -INFINITY) continue;
+          double sum = c.sinks ? std::exp(c.sinks[h] - top) : 0;
+          for (long n = 0; n < c.kv_len; ++n) sum += std::exp(s[n] - top);
+          a.lse[x] = top + std::log(sum);
+          double* out = &a.out[((b * c.q_len + t) * c.q_heads + h) * c.v_dim];
+          double* dq = &a.dq[((b * c.q_len + t) * c.q_heads + h) * c.dim];
+          for (long n = 0; n < c.kv_len; ++n)
+            for (long d = 0; d < c.v_dim; ++d) out[d] += std::exp(s[n] - a.lse[x]) * v.get(b, n, kh, d);
+          double rowsum = -dlse[x];
+          for (long d = 0; d < c.v_dim; ++d) rowsum += dout.get(b, t, h, d) * out[d];
+          delta[x] = float(rowsum);
+          for (long n = 0; n < c.kv_len; ++n) {
+            const double pn = std::exp(s[n] - a.lse[x]);
+            if (pn == 0) continue;
+            double dp = 0;
+            for (long d = 0; d < c.v_dim; ++d) dp += dout.get(b, t, h, d) * v.get(b, n, kh, d);
+            const double ds = pn * (dp - rowsum) * c.scale;
+            for (long d = 0; d < c.v_dim; ++d) a.dv[((b * c.kv_len + n) * c.kv_heads + kh) * c.v_dim + d] += pn * dout.get(b, t, h, d);
+            for (long d = 0; d < c.dim; ++d) {
+              dq[d] += ds * k.get(b, n, kh, d);
+              a.dk[((b * c.kv_len + n) * c.kv_heads + kh) * c.dim + d] += ds * q.get(b, t, h, d);
+            }
+          }
+        }
+  return a;
+}
+
+int failures = 0;
+
+// Compares relative to the largest entry, which is what rounding is relative to here.
+void compare(const char* what, long problem, int isa, int dtype, const Tensor& got, const std::vector<double>& want, double epsilon) {
+  double worst = 0, largest = 1e-3;
+  size_t x = 0;
+  for (long b = 0; b < got.batch; ++b)
+    for (long t = 0; t < got.tokens; ++t)
+      for (long h = 0; h < got.heads; ++h)
+        for (long d = 0; d < got.dim; ++d, ++x) {
+          const double error = std::fabs(got.get(b, t, h, d) - want[x]);
+          if (!(error <= worst)) worst = error;
+          if (std::fabs(want[x]) > largest) largest = std::fabs(want[x]);
+        }
+  if (!(worst <= 64 * epsilon * largest)) {
+    std::printf("problem %ld, %s, dtype %d, %s: error %g of %g\n", problem, bsa_isa_name(isa), dtype, what, worst, largest);
+    ++failures;
+  }
+}
+
+void run(long number) {
+  Rng g{unsigned(number)};
+  Problem p = make(g);
+  bsa_call& c = p.c;
+  for (int dtype : {BSA_F32, BSA_BF16, BSA_F16}) {
+    Tensor q(g, dtype, c.batch, c.q_len, c.q_heads, c.dim, true), k(g, dtype, c.batch, c.kv_len, c.kv_heads, c.dim, true);
+    Tensor v(g, dtype, c.batch, c.kv_len, c.kv_heads, c.v_dim, true), dout(g, dtype, c.batch, c.q_len, c.q_heads, c.v_dim, true);
+    std::vector<float> dlse(size_t(c.batch * c.q_heads * c.q_len)), delta;
+    for (float& x : dlse) x = float(uniform(g, -4, 4)) / 4;
+    const Answer a = define(p, q, k, v, dout, dlse, delta);
+    for (int isa = 0; isa < BSA_ISA_COUNT; ++isa) {
+      if (!bsa_isa_supported(isa)) continue;
+      const double epsilon = isa == BSA_ISA_AVX512_BF16 && dtype == BSA_BF16 ? 0x1p-9 : 0x1p-24 * 8;
+      Tensor out(g, BSA_F32, c.batch, c.q_len, c.q_heads, c.v_dim, false), dq(g, BSA_F32, c.batch, c.q_len, c.q_heads, c.dim, false);
+      Tensor dk(g, BSA_F32, c.batch, c.kv_len, c.kv_heads, c.dim, false), dv(g, BSA_F32, c.batch, c.kv_len, c.kv_heads, c.v_dim, false);
+      std::vector<float> lse(a.lse.size());
+      c.isa = isa, c.num_threads = int32_t(uniform(g, 1, 3)), c.dtype = dtype, c.result_dtype = BSA_F32;
+      c.q = q.view(), c.k = k.view(), c.v = v.view(), c.out = out.view(), c.dout = dout.view();
+      c.dq = dq.view(), c.dk = dk.view(), c.dv = dv.view(), c.lse = lse.data(), c.delta = delta.data();
+      if (bsa_forward(&c) != BSA_OK) std::printf("forward refused\n"), std::exit(1);
+      compare("out", number, isa, dtype, out, a.out, epsilon);
+      for (size_t x = 0; x < lse.size(); ++x) {
+        const bool same = std::isinf(a.lse[x]) ? lse[x] == a.lse[x] : std::fabs(lse[x] - a.lse[x]) < 1e-5 * (1 + std::fabs(a.lse[x]));
+        if (!same) std::printf("problem %ld, %s: lse %g, not %g\n", number, bsa_isa_name(isa), lse[x], a.lse[x]), ++failures;
+      }
+      std::vector<char> first;
+      for (int split : {BSA_SPLIT_HEADS, BSA_SPLIT_BLOCKS}) {
+        c.split = split;
+        if (bsa_backward(&c) != BSA_OK) std::printf("backward refused\n"), std::exit(1);
+        compare("dq", number, isa, dtype, dq, a.dq, epsilon);
+        compare("dk", number, isa, dtype, dk, a.dk, epsilon);
+        compare("dv", number, isa, dtype, dv, a.dv, epsilon);
+        std::vector<char> bits(dq.bytes);
+        bits.insert(bits.end(), dk.bytes.begin(), dk.bytes.end());
+        bits.insert(bits.end(), dv.bytes.begin(), dv.bytes.end());
+        if (split == BSA_SPLIT_HEADS) first = bits;
+        if (bits != first) std::printf("problem %ld, %s: the splits differ\n", number, bsa_isa_name(isa)), ++failures;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const long problems = argc > 1 ? std::atol(argv[1]) : 40;
+  for (long n = 0; n < problems; ++n) run(n);
+  std::printf("%ld problems, %d failures\n", problems, failures);
+  return failures != 0;
+}

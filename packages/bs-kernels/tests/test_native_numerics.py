@@ -1,0 +1,314 @@
+"""The native backend against dense attention in double precision: forward, LSE and gradients, on every instruction set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bs_kernels import LayoutPlan, TokenMask
+from bs_kernels.backends import _native_lib
+from bs_kernels.backends.base import Call, Gradients, Needs
+from bs_kernels.backends.native import NativeBackend
+from bs_kernels.backends.reference import ReferenceBackend
+from bs_patterns import BlockLayout
+
+pytestmark = pytest.mark.skipif(_native_lib.missing_reason() is not None, reason="the native core is not built")
+
+ISA = () if _native_lib.missing_reason() else _native_lib.load().supported
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE, REFERENCE = NativeBackend(), ReferenceBackend()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem, small enough for a dense oracle; `call` makes its tensors in a dtype."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    seq_len: tuple[int, int]
+    dims: tuple[int, int]
+    block_size: tuple[int, int]
+    density: float
+    per_head: bool = False
+    mask: TokenMask = TokenMask()
+    padding: bool = False
+    segments: bool = False
+    sinks: bool = False
+    logits: float = 1.0
+    seed: int = 0
+
+    def call(self, dtype: torch.dtype) -> Call:
+        rng, draw = np.random.default_rng(self.seed), torch.Generator().manual_seed(self.seed)
+        heads, (q_len, kv_len), (dim, v_dim) = self.kv_heads * self.group, self.seq_len, self.dims
+        blocks = tuple(-(-length // size) for length, size in zip(self.seq_len, self.block_size, strict=True))
+        active = rng.random((heads if self.per_head else 1, *blocks)) < self.density
+        layout = BlockLayout.from_dense(active, block_size=self.block_size, seq_len=self.seq_len)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=draw) * scale).to(dtype)
+
+        def ids(length: int) -> Tensor:
+            return torch.randint(0, 3, (self.batch, length), generator=draw).sort(1).values.to(torch.int32)
+
+        return Call(
+            q=normal(self.batch, q_len, heads, dim, scale=self.logits),
+            k=normal(self.batch, kv_len, self.kv_heads, dim),
+            v=normal(self.batch, kv_len, self.kv_heads, v_dim),
+            plan=LayoutPlan.build(layout, self.mask),
+            scale=dim**-0.5,
+            key_padding_mask=torch.rand(self.batch, kv_len, generator=draw) < 0.8 if self.padding else None,
+            q_segments=ids(q_len) if self.segments else None,
+            kv_segments=ids(kv_len) if self.segments else None,
+            sinks=torch.randn(heads, generator=draw) if self.sinks else None,
+        )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    causal = draw(st.booleans())
+    window = draw(st.none() | st.tuples(st.integers(0, 60), st.just(0) if causal else st.integers(0, 60)))
+    return Case(
+        batch=draw(st.integers(1, 2)),
+        kv_heads=draw(st.integers(1, 2)),
+        group=draw(st.integers(1, 3)),
+        seq_len=(draw(st.integers(1, 200)), draw(st.integers(1, 260))),
+        dims=(draw(st.integers(1, 130)), draw(st.integers(1, 130))),
+        block_size=(draw(st.integers(1, 200)), draw(st.integers(16, 512))),
+        density=draw(st.sampled_from((0.0, 0.2, 0.6, 1.0))),
+        per_head=draw(st.booleans()),
+        mask=TokenMask(causal, window),
+        padding=draw(st.booleans()),
+        segments=draw(st.booleans()),
+        sinks=draw(st.booleans()),
+        logits=draw(st.sampled_from((1.0, 1.0, 30.0))),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+def doubled(call: Call) -> Call:
+    sinks = None if call.sinks is None else call.sinks.double()
+    return replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), sinks=sinks)
+
+
+def backward_inputs(call: Call, dout: Tensor) -> tuple[Tensor, Tensor]:
+    """LSE and delta in double precision, with a gradient through LSE in delta."""
+    out, lse = REFERENCE.forward(doubled(call), torch.float64)
+    dlse = torch.linspace(-1, 1, lse.numel()).view(lse.shape)
+    return lse, ((dout.double() * out).sum(-1).transpose(1, 2) - dlse).masked_fill(lse == -torch.inf, 0).contiguous()
+
+
+def rounded_dense(call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Gradients]:
+    """Dense attention that keeps its probabilities and their gradients in the inputs' dtype, as dense kernels do."""
+    dtype, exact = call.q.dtype, doubled(call)
+    if dtype == torch.float32:
+        out, _ = REFERENCE.forward(call, torch.float32)
+        return out, REFERENCE.backward(call, dout, lse.float(), delta.float(), Needs(), torch.float32)
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).double()
+
+    group = call.q.shape[2] // call.k.shape[2]
+    q, k, v = exact.q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(group, 1) for x in (exact.k, exact.v))
+    unit = replace(
+        exact, v=torch.eye(call.plan.seq_len[1], dtype=torch.float64).expand(*k.shape[:1], -1, -1)[:, :, None]
+    )
+    unit = replace(unit, v=unit.v.expand(-1, -1, call.k.shape[2], -1))
+    p = REFERENCE.forward(unit, torch.float64)[0].transpose(1, 2)
+    do = dout.double().transpose(1, 2)
+    ds = rounded(p * (do @ v.transpose(-1, -2) - delta[..., None]))
+    p = rounded(p)
+
+    def to_keys(x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, group)).sum(2).transpose(1, 2)
+
+    dq, dk = (ds @ k * call.scale).transpose(1, 2), to_keys(ds.transpose(-1, -2) @ q * call.scale)
+    return (p @ v).transpose(1, 2), Gradients(dq, dk, to_keys(p.transpose(-1, -2) @ do))
+
+
+def check(name: str, got: Tensor, dense: Tensor, exact: Tensor, logit: float) -> None:
+    """Error ≤ 2 × that of the dense computation, plus a band: a score near ``logit`` is known to eps · logit in the
+    accumulation dtype, which is the relative error of its probability."""
+    if exact.numel() == 0:
+        return
+    worst = (got.double() - exact).abs().max().item()
+    band = 8 * torch.finfo(torch.float32).eps * (4 + logit) * max(1.0, exact.abs().max().item())
+    limit = 2 * (dense.double() - exact).abs().max().item() + band
+    assert worst <= limit, f"{name}: error {worst:.3g}, limit {limit:.3g}"
+
+
+def run_and_check(case: Case, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BS_KERNELS_ISA", isa)
+    call = case.call(dtype)
+    exact_out, exact_lse = REFERENCE.forward(doubled(call), torch.float64)
+    dout = torch.randn(exact_out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    lse, delta = backward_inputs(call, dout)
+    exact = REFERENCE.backward(doubled(call), dout, lse, delta, Needs(), torch.float64)
+    dense_out, dense = rounded_dense(call, dout, lse, delta)
+
+    out, got_lse = NATIVE.forward(call, torch.float32)
+    empty = exact_lse == -torch.inf
+    logit = exact_lse[~empty].abs().max().item() if not empty.all() else 0.0
+    check("out", out, dense_out, exact_out, logit)
+    assert torch.equal(got_lse == -torch.inf, empty)
+    float_lse = REFERENCE.forward(replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float()), torch.float32)[1]
+    check("lse", got_lse[~empty], float_lse[~empty], exact_lse[~empty], logit)
+    got = NATIVE.backward(call, dout, lse.float(), delta.float(), Needs(), torch.float32)
+    for name in ("q", "k", "v"):
+        check(f"d{name}", getattr(got, name), getattr(dense, name), getattr(exact, name), logit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("isa", ISA)
+def test_agrees_with_the_oracle(isa: str, dtype: torch.dtype) -> None:
+    @given(cases())
+    def holds(case: Case) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            run_and_check(case, dtype, isa, patch)
+
+    holds()
+
+
+PLAIN = Case(batch=2, kv_heads=2, group=2, seq_len=(150, 170), dims=(64, 48), block_size=(64, 64), density=0.6)
+EDGES = {
+    "one token": replace(PLAIN, seq_len=(1, 1), density=1.0),
+    "decode": replace(PLAIN, seq_len=(1, 400), block_size=(1, 64), mask=TokenMask(causal=True)),
+    "one block": replace(PLAIN, seq_len=(512, 512), block_size=(512, 512), density=1.0, batch=1, group=1),
+    "nothing active": replace(PLAIN, density=0.0),
+    "nothing active, sinks": replace(PLAIN, density=0.0, sinks=True),
+    "small key blocks": replace(PLAIN, block_size=(16, 16)),
+    "odd key blocks": replace(PLAIN, block_size=(7, 17), mask=TokenMask(causal=True)),
+    "single queries": replace(PLAIN, block_size=(1, 32), seq_len=(40, 170)),
+    "head dim 1": replace(PLAIN, dims=(1, 1)),
+    "head dim 256": replace(PLAIN, dims=(256, 250), batch=1),
+    "odd dims": replace(PLAIN, dims=(37, 19)),
+    "causal": replace(PLAIN, mask=TokenMask(causal=True), density=1.0),
+    "queries before every key": replace(PLAIN, seq_len=(170, 60), mask=TokenMask(causal=True), density=1.0),
+    "narrow window": replace(PLAIN, mask=TokenMask(window=(0, 0)), density=1.0),
+    "causal window": replace(PLAIN, mask=TokenMask(causal=True, window=(30, 0)), density=1.0, block_size=(48, 80)),
+    "padding": replace(PLAIN, padding=True),
+    "packed documents": replace(PLAIN, segments=True, mask=TokenMask(causal=True), seq_len=(170, 170), density=1.0),
+    "per head": replace(PLAIN, per_head=True),
+    "logits of 1e4": replace(PLAIN, logits=1e4),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa in ISA:
+        run_and_check(EDGES[name], dtype, isa, monkeypatch)
+
+
+@pytest.mark.parametrize("isa", ISA)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_bits_do_not_depend_on_threads_or_split(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BS_KERNELS_ISA", isa)
+    case = replace(PLAIN, seq_len=(333, 401), dims=(48, 40), per_head=True, padding=True, sinks=True, group=3)
+    call = case.call(dtype)
+    dout = torch.randn(*call.q.shape[:3], 40).to(dtype)
+    lse, delta = (x.float() for x in backward_inputs(call, dout))
+    run, split = _native_lib.NativeCore.run, 0
+
+    def run_split(self: _native_lib.NativeCore, name: str, args: _native_lib.CoreCall) -> None:
+        args.split = split
+        run(self, name, args)
+
+    monkeypatch.setattr(_native_lib.NativeCore, "run", run_split)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for split in (0, 1, 2):
+                gradients = NATIVE.backward(call, dout, lse, delta, Needs(), torch.float32)
+                results.append((*NATIVE.forward(call, dtype), *gradients[:3]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("isa", ISA)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_nonfinite_inputs_stay_in_their_blocks(
+    isa: str, where: str, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BS_KERNELS_ISA", isa)
+    for dtype in DTYPES:
+        call = replace(PLAIN, density=0.4, batch=1).call(dtype)
+        clean, _ = NATIVE.forward(call, torch.float32)
+        tensor = getattr(call, where).clone()
+        tensor[0, 70, 0] = bad
+        got, _ = NATIVE.forward(replace(call, **{where: tensor}), torch.float32)
+        if where == "q":
+            reached = torch.zeros(150, dtype=torch.bool)
+            reached[70] = True
+        else:
+            reached = torch.tensor([1 in call.plan.indices[begin:end] for begin, end in rows_of(call.plan)])
+            reached = reached.repeat_interleave(64)[:150]
+        assert torch.equal(got[0, ~reached, :2], clean[0, ~reached, :2])
+        assert torch.equal(got[0, :, 2:], clean[0, :, 2:])
+        if bad != bad:
+            assert got[0, reached, 0].isnan().all() == reached.any()
+
+
+def rows_of(plan: LayoutPlan) -> list[tuple[int, int]]:
+    return list(zip(plan.row_begin[0, 0].tolist(), plan.row_end[0, 0].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_strided_inputs_are_read_in_place(dtype: torch.dtype) -> None:
+    call = PLAIN.call(dtype)
+    out, lse = NATIVE.forward(call, dtype)
+    dout = torch.randn_like(out)
+    delta = torch.randn_like(lse)
+    grads = NATIVE.backward(call, dout, lse, delta, Needs(), dtype)
+    heads_first = replace(call, **{n: getattr(call, n).transpose(1, 2).contiguous().transpose(1, 2) for n in "qkv"})
+    dims_strided = replace(call, **{n: getattr(call, n).transpose(1, 3).contiguous().transpose(1, 3) for n in "qkv"})
+    cut = replace(call, **{n: torch.cat([getattr(call, n)] * 2, -1)[..., : getattr(call, n).shape[-1]] for n in "qkv"})
+    for other in (heads_first, dims_strided, cut):
+        again = NATIVE.forward(other, dtype)
+        assert torch.equal(again[0], out)
+        assert torch.equal(again[1], lse)
+        for a, b in zip(NATIVE.backward(other, dout, lse, delta, Needs(), dtype)[:3], grads[:3], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_paged_keys(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BS_KERNELS_ISA", isa)
+    for dtype in DTYPES:
+        call = PLAIN.call(dtype)
+        batch, length, heads = call.k.shape[:3]
+        blocks = -(-length // 64)
+        table = torch.randperm(batch * blocks + 3, generator=torch.Generator().manual_seed(0))[: batch * blocks]
+        table = table.view(batch, blocks).to(torch.int32)
+        paged = {}
+        for name in ("k", "v"):
+            flat = getattr(call, name)
+            pages = torch.full((batch * blocks + 3, 64, heads, flat.shape[-1]), torch.nan, dtype=dtype)
+            for b in range(batch):
+                for j in range(blocks):
+                    rows = flat[b, 64 * j : 64 * (j + 1)]
+                    pages[table[b, j], : rows.shape[0]] = rows
+            paged[name] = pages
+        got = NATIVE.forward(replace(call, **paged, page_table=table), dtype)
+        for a, b in zip(got, NATIVE.forward(call, dtype), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_empty_batch() -> None:
+    call = PLAIN.call(torch.float32)
+    none = replace(call, **{n: getattr(call, n)[:0] for n in "qkv"})
+    out, lse = NATIVE.forward(none, torch.float32)
+    assert out.shape[0] == lse.shape[0] == 0
+    grads = NATIVE.backward(none, out, lse, lse, Needs(), torch.float32)
+    assert [g.shape for g in grads[:3]] == [none.q.shape, none.k.shape, none.v.shape]
