@@ -8,6 +8,8 @@ from .placement import Placement
 from .plan import ExchangePlan, Traffic
 
 if TYPE_CHECKING:
+    from .hooks import TopKState, compress_gradients, topk_hook
+    from .recovery import Survivors, regroup
     from .ring import Arrival, PackedRing
 
 __version__ = "0.1.0"
@@ -23,15 +25,28 @@ __all__ = [
     "RingPeerError",
     "ScalingPoint",
     "StepTime",
+    "Survivors",
+    "TopKState",
     "Traffic",
     "__version__",
+    "compress_gradients",
     "hiding_bandwidth",
+    "regroup",
     "scaling_curve",
     "step_time",
+    "topk_hook",
 ]
 
 # Planning needs numpy alone, so torch is imported with the first name that needs it.
-_WITH_TORCH = {"Arrival": "ring", "PackedRing": "ring"}
+_WITH_TORCH = {
+    "Arrival": "ring",
+    "PackedRing": "ring",
+    "Survivors": "recovery",
+    "TopKState": "hooks",
+    "compress_gradients": "hooks",
+    "regroup": "recovery",
+    "topk_hook": "hooks",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -82,11 +82,55 @@ class Report:
         return RingPeerError(self.peer, self.step, self.nbytes, self.phase, self.detail)
 
 
+@dataclass
+class _Answer:
+    """A call in progress: its value, or the exception it raised, once done."""
+
+    call: Callable[[], Any]
+    done: threading.Event
+    value: Any = None
+
+
+class StoreThread:
+    """A daemon thread that talks to the store, so that a store whose host is stopped blocks nobody else."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, call: Callable[[], Any]) -> _Answer:
+        """Queue a call."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="bs-comm store", daemon=True)
+            self._thread.start()
+        answer = _Answer(call, threading.Event())
+        self._jobs.put(answer)
+        return answer
+
+    def call(self, call: Callable[[], Any], timeout: float) -> Any:
+        """Queue a call and return its value, the exception it raised, or a TimeoutError."""
+        answer = self.submit(call)
+        return answer.value if answer.done.wait(timeout) else TimeoutError(f"no answer within {timeout:g} s")
+
+    def close(self) -> None:
+        """End the thread after the calls already queued."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread = None
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job.value = job.call()
+            except Exception as error:
+                job.value = error
+            job.done.set()
+
+
 class Health:
     """Reports and verdicts of one ring, in a store that all its ranks share.
 
-    All store calls are made by one daemon thread: a store whose host is stopped blocks its callers for minutes, and the
-    rank that asks must not be among them.
+    All store calls are made by a thread of its own: a store whose host is stopped blocks its callers for minutes.
 
     Args:
         store: A `torch.distributed.Store`, or None (failures are then judged by each rank alone).
@@ -100,51 +144,36 @@ class Health:
         self._prefix = prefix
         self._rank = rank
         self._world_size = world_size
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], list[Any], threading.Event] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._look: tuple[list[Any], threading.Event] | None = None
+        self._thread = StoreThread()
+        self._look: _Answer | None = None
 
     def failure_seen(self) -> bool:
         """Whether some rank has reported a failure; answers from the last look, and starts the next one."""
         if self._store is None:
             return False
-        if self._look is not None and not self._look[1].is_set():
+        if self._look is not None and not self._look.done.is_set():
             return False  # The store does not answer; the deadline of the hop remains.
-        seen = self._look is not None and self._look[0] == [True]
-        self._look = self._submit(lambda: self._store.check([f"{self._prefix}/failed"]))
+        seen = self._look is not None and self._look.value is True
+        self._look = self._thread.submit(lambda: self._store.check([f"{self._prefix}/failed"]))
         return seen
 
     def conclude(self, mine: Report, patience: float) -> Report:
         """Report, hear the others for at most ``patience`` seconds (0: blame now), and return what all raise."""
         if self._store is None:
             return mine
-        answer, done = self._submit(lambda: self._agree(mine, patience))
-        if done.wait(patience + 1.0) and answer and isinstance(answer[0], Report):
-            return answer[0]
-        return mine
+        verdict = self._thread.call(lambda: self._agree(mine, patience), patience + 1.0)
+        return verdict if isinstance(verdict, Report) else mine
 
     def report(self, mine: Report) -> None:
         """Report without waiting for anyone: for a rank that fails by itself and raises its own exception."""
         if self._store is not None:
-            _, done = self._submit(lambda: self._write(mine))
-            done.wait(1.0)
+            self._thread.call(lambda: self._write(mine), 1.0)
 
     def close(self) -> None:
         """End the thread."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread = None
+        self._thread.close()
 
     # ------------------------------------------------------------------ on the thread
-
-    def _submit(self, call: Callable[[], Any]) -> tuple[list[Any], threading.Event]:
-        if self._thread is None:
-            self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="bs-comm health", daemon=True)
-            self._thread.start()
-        answer: list[Any] = []
-        done = threading.Event()
-        self._jobs.put((call, answer, done))
-        return answer, done
 
     def _write(self, mine: Report) -> None:
         self._store.set(f"{self._prefix}/report/{self._rank}", json.dumps(asdict(mine)))
@@ -193,13 +222,3 @@ def follow(mine: Report, rank: int, reports: dict[int, Report]) -> Report:
 
 def _report_of(text: bytes | str) -> Report:
     return Report(**json.loads(text))
-
-
-def _serve(jobs: queue.SimpleQueue[tuple[Callable[[], Any], list[Any], threading.Event] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        call, answer, done = job
-        try:
-            answer.append(call())
-        except Exception as error:  # The store is gone: whoever asked goes on without an answer.
-            answer.append(error)
-        done.set()
