@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def _load(ctx: Any) -> tuple[list[Any], list[Any]]:
     return list(extra), operands
 
 
-def _gradients(by_position: dict[int, Tensor | None], count: int) -> tuple[Tensor | None, ...]:
+def _gradients(by_position: Mapping[int, Tensor | None], count: int) -> tuple[Tensor | None, ...]:
     return tuple(by_position.get(at) for at in range(count))
 
 

@@ -1,0 +1,27 @@
+"""Oracle, tolerance rule, input factories and Hypothesis strategies, shared by the tests and by users.
+
+`bs_kernels.testing.strategies` needs hypothesis and is imported on its own.
+"""
+
+from .case import Case, evaluate
+from .factories import make_batched_layout, make_case, make_layout, make_pages
+from .oracle import block_entries, dense_attention, dense_results, magnitudes, oracle_results, token_mask_of
+from .tolerance import assert_close_to_oracle, check_against_oracle, rounding_band
+
+__all__ = [
+    "Case",
+    "assert_close_to_oracle",
+    "block_entries",
+    "check_against_oracle",
+    "dense_attention",
+    "dense_results",
+    "evaluate",
+    "magnitudes",
+    "make_batched_layout",
+    "make_case",
+    "make_layout",
+    "make_pages",
+    "oracle_results",
+    "rounding_band",
+    "token_mask_of",
+]
