@@ -7,56 +7,88 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import SparsePatternConfig, check_int, suggest
+from .hierarchical import BlockSparseHierarchical, HierarchicalConfig
+from .hilbert import BlockSparseRingDilatedAttentionHilbertPostPattern
+from .multihead import BlockSparseRingMultiheadDilatedAttention
 
-_VARIANTS: dict[str, type[BlockSparseAttention]] = {"base": BlockSparseRingDilatedAttention}
-_NOT_YET = ("hierarchical", "adaptive", "multihead", "distributed", "hilbert", "dilated")
-# Fields of SparsePatternConfig that the factory also takes directly; its dilation_rates are the candidates' here.
-_FLAT = tuple(name for name in inspect.signature(SparsePatternConfig).parameters if name != "dilation_rates")
+_VARIANTS: dict[str, type[nn.Module]] = {
+    "base": BlockSparseRingDilatedAttention,
+    "hierarchical": BlockSparseHierarchical,
+    "multihead": BlockSparseRingMultiheadDilatedAttention,
+    "hilbert": BlockSparseRingDilatedAttentionHilbertPostPattern,
+}
+_NOT_YET = ("adaptive", "distributed", "dilated")
+# The arguments that a config object may come under, and are excluded by its fields given directly.
+_CONFIGS = ("sparse_config", "hierarchical_config")
+_LONG = 50_000  # tokens above which the choice table prefers levels
 
 _logger = logging.getLogger("bs_modules")
 
 
 def create_block_sparse_attention(
-    variant: str = "auto", *, explain: bool = False, **kwargs: Any
-) -> BlockSparseAttention:
+    variant: str = "auto", *, explain: bool = False, seq_len: int | None = None, **kwargs: Any
+) -> BlockSparseAttention | BlockSparseRingMultiheadDilatedAttention:
     """Makes a block-sparse attention module.
 
     Args:
-        variant: `"auto"` or `"base"`.
-        explain: Log, at level INFO of the logger `bs_modules`, which variant `"auto"` chose and why.
-        **kwargs: Arguments of the variant's constructor, and fields of `SparsePatternConfig` given directly
-            (`sparsity_ratio` is a density: 0.1 keeps 10 % of the blocks). `dilation_rates` here always belong to
-            `segment_lengths`; the rates of a dilated pattern go into `sparse_config`.
+        variant: `"base"`, `"hierarchical"`, `"multihead"`, `"hilbert"`, or `"auto"`: multihead if `embed_dim` is given;
+            hierarchical if an argument is given that only it has, or `seq_len` is above 50,000 and it has every
+            argument given; else base.
+        explain: Log, at level INFO of the logger `bs_modules`, which variant was chosen and why.
+        seq_len: The length to expect, for `"auto"` only. The module takes any length.
+        **kwargs: Arguments of the variant's constructor, and fields of its config given directly (`sparsity_ratio` is a
+            density: 0.1 keeps 10 % of the blocks). `dilation_rates` here always belong to `segment_lengths`; the rates
+            of a dilated pattern go into `sparse_config`. For `"multihead"`, `attention` may be the name of another
+            variant; see `create_multihead_block_sparse`.
 
     Returns:
         The module.
 
     Raises:
         TypeError: An argument that the variant does not have; the valid ones are listed.
-        ValueError: An unknown variant, or a config field given both directly and inside `sparse_config`.
+        ValueError: An unknown variant, a config field given both directly and inside a config, or `seq_len` with a
+            named variant.
         NotImplementedError: A variant that this version does not have yet.
     """
-    chosen, reason = _resolve(variant)
+    chosen, reason = _resolve(variant, seq_len, kwargs)
     if explain:
         _logger.info("variant %r: %s", chosen, reason)
-    module = _VARIANTS[chosen]
-    constructor = [name for name in inspect.signature(module).parameters if name != "self"]
-    valid = [*constructor, *(name for name in _FLAT if name not in constructor)]
-    for name in kwargs:
-        if name not in valid:
-            raise TypeError(
-                f"{name}: not an argument of variant {chosen!r}{suggest(name, valid)}; valid: {', '.join(valid)}"
-            )
-    flat = {name: kwargs.pop(name) for name in _FLAT if name in kwargs and name not in constructor}
-    if flat:
-        if kwargs.get("sparse_config") is not None:
-            raise ValueError(
-                f"{', '.join(flat)}: given beside sparse_config, which has the same field; set it in one place"
-            )
-        kwargs["sparse_config"] = SparsePatternConfig.from_dict(flat)
-    return module(**kwargs)
+    if chosen == "multihead" and isinstance(kwargs.get("attention"), str):
+        kwargs = _with_inner(**kwargs)
+    module, valid = _VARIANTS[chosen], _arguments(chosen)
+    _check_known(kwargs, valid, repr(chosen))
+    return module(**_gather(chosen, kwargs))  # pyright: ignore[reportReturnType]
+
+
+def create_multihead_block_sparse(
+    embed_dim: int, num_heads: int, *, attention: str | nn.Module = "base", **kwargs: Any
+) -> BlockSparseRingMultiheadDilatedAttention:
+    """Makes a drop-in `nn.MultiheadAttention` around any variant.
+
+    Args:
+        embed_dim: As for `nn.MultiheadAttention`.
+        num_heads: As for `nn.MultiheadAttention`.
+        attention: The variant between the projections, or a module.
+        **kwargs: The other arguments of `nn.MultiheadAttention`, and of the variant as
+            `create_block_sparse_attention` takes them.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: An argument that neither has.
+        ValueError: An unknown variant, or values out of range.
+        NotImplementedError: A variant that this version does not have yet.
+    """
+    module = create_block_sparse_attention(
+        "multihead", embed_dim=embed_dim, num_heads=num_heads, attention=attention, **kwargs
+    )
+    assert isinstance(module, BlockSparseRingMultiheadDilatedAttention)
+    return module
 
 
 def choose_block_sparse(seq_len: int, use_case: str, num_gpus: int = 1) -> str:
@@ -79,7 +111,7 @@ def choose_block_sparse(seq_len: int, use_case: str, num_gpus: int = 1) -> str:
     if use_case == "production":
         if num_gpus > 1:
             return "distributed"
-        return "hierarchical" if seq_len > 50_000 else "base"
+        return "hierarchical" if seq_len > _LONG else "base"
     table: Mapping[str, str] = {
         "research": "adaptive",
         "drop_in_replacement": "multihead",
@@ -88,12 +120,16 @@ def choose_block_sparse(seq_len: int, use_case: str, num_gpus: int = 1) -> str:
     return table.get(use_case, "base")
 
 
-def _resolve(variant: str) -> tuple[str, str]:
+def _resolve(variant: str, seq_len: int | None, given: Mapping[str, Any]) -> tuple[str, str]:
     if not isinstance(variant, str):
         raise TypeError(f"variant: expected a string, got {variant!r}")
     available = ["auto", *_VARIANTS]
+    if seq_len is not None:
+        check_int("seq_len", seq_len)
+        if variant != "auto":
+            raise ValueError(f"seq_len: has no effect with variant={variant!r}, only 'auto' reads it; leave it out")
     if variant == "auto":
-        return "base", "the fixed pattern is the only variant of this version"
+        return _choose(seq_len, given)
     if variant in _VARIANTS:
         return variant, "asked for by name"
     if variant in _NOT_YET:
@@ -102,3 +138,74 @@ def _resolve(variant: str) -> tuple[str, str]:
         )
     near = suggest(variant, [*available, *_NOT_YET])
     raise ValueError(f"variant: expected one of {', '.join(available)}, got {variant!r}{near}")
+
+
+def _choose(seq_len: int | None, given: Mapping[str, Any]) -> tuple[str, str]:
+    """What `"auto"` stands for, and why."""
+    if "embed_dim" in given:
+        return "multihead", "embed_dim is given, which only a module with projections has"
+    levels = set(_arguments("hierarchical"))
+    own = sorted(set(given) & levels - set(_arguments("base")))
+    if own:
+        return "hierarchical", f"{own[0]} is given, which only this variant has"
+    if isinstance(given.get("sparse_config"), HierarchicalConfig):
+        return "hierarchical", "sparse_config is a HierarchicalConfig"
+    if seq_len is not None and seq_len > _LONG:
+        if set(given) <= levels and not isinstance(given.get("sparse_config"), SparsePatternConfig | Mapping):
+            return "hierarchical", f"{seq_len:,} tokens are more than {_LONG:,}, and nothing given asks for another"
+        return "base", f"what is given describes one pattern, although {seq_len:,} tokens are more than {_LONG:,}"
+    return "base", "nothing given asks for another"
+
+
+def _fields(variant: str) -> list[str]:
+    """The config fields that the factory also takes directly; `dilation_rates` are the candidates' here."""
+    config = HierarchicalConfig if variant == "hierarchical" else SparsePatternConfig
+    return [name for name in inspect.signature(config).parameters if name != "dilation_rates"]
+
+
+def _arguments(variant: str) -> list[str]:
+    own = [name for name in inspect.signature(_VARIANTS[variant]).parameters if name != "self"]
+    return [*own, *(name for name in _fields(variant) if name not in own)]
+
+
+def _check_known(given: Mapping[str, Any], valid: list[str], variant: str) -> None:
+    for name in given:
+        if name not in valid:
+            raise TypeError(
+                f"{name}: not an argument of variant {variant}{suggest(name, valid)}; valid: {', '.join(valid)}"
+            )
+
+
+def _gather(variant: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments: config fields given directly become one config."""
+    names = _fields(variant)
+    flat = {name: value for name, value in given.items() if name in names}
+    arguments = {name: value for name, value in given.items() if name not in flat}
+    if not flat:
+        return arguments
+    for other in (*_CONFIGS, "attention"):
+        if arguments.get(other) is not None:
+            raise ValueError(f"{', '.join(flat)}: given beside {other}, where it belongs then; set it in one place")
+    config = HierarchicalConfig if variant == "hierarchical" else SparsePatternConfig
+    return {**arguments, "sparse_config": config.from_dict(flat)}
+
+
+def _with_inner(attention: str, **given: Any) -> dict[str, Any]:
+    """Arguments of the multihead module, with the named variant made of those that are not its own."""
+    if attention == "base":
+        return given
+    if attention == "multihead":
+        raise ValueError("attention: expected a variant without projections of its own, got 'multihead'")
+    outer = list(inspect.signature(nn.MultiheadAttention).parameters)
+    inner = {name: value for name, value in given.items() if name not in outer}
+    try:
+        chosen, _ = _resolve(attention, None, inner)
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(str(error).replace("variant", "attention", 1)) from None
+    own = [name for name in _arguments(chosen) if name not in outer]
+    _check_known(inner, [*outer, *own], f"'multihead' around {chosen!r}")
+    shared = {name: given[name] for name in ("num_heads", "dropout", "device") if name in given}
+    if shared.get("dropout") == 1:
+        del shared["dropout"]  # the multihead module itself drops everything
+    made = create_block_sparse_attention(chosen, **shared, **inner)
+    return {**{name: value for name, value in given.items() if name in outer}, "attention": made}

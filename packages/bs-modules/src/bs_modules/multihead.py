@@ -147,7 +147,10 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         """Gives this module its attention, and hides it from the fused dense paths of `torch.nn`."""
         if attention is None:
             attention = BlockSparseRingDilatedAttention(
-                **arguments, num_heads=self.num_heads, device=self.out_proj.weight.device
+                **arguments,
+                num_heads=self.num_heads,
+                dropout=self._inner_dropout(),
+                device=self.out_proj.weight.device,
             )
         else:
             _check_attention(attention, self.num_heads, self.dropout, arguments)
@@ -274,7 +277,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             out = q.new_zeros(*q.shape[:3], v.shape[-1])
             lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=_wide(q))
         else:
-            inner = self.dropout if self.dropout < 1 else 0.0  # dropping everything is done below
+            inner = self._inner_dropout()
             if getattr(self.attention, "dropout", inner) != inner:
                 self.attention.dropout = inner
             wanted: dict[str, Any] = (
@@ -305,6 +308,10 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         if appended is not None:
             v = torch.cat((v, appended[1].expand(v.shape[0], -1, -1, -1)), dim=1)
         return torch.einsum("nhls,nshd->nlhd", weights.to(v.dtype), v), weights
+
+    def _inner_dropout(self) -> float:
+        """The dropout of the attention, which does not take 1: this module drops everything itself."""
+        return self.dropout if self.dropout != 1 else 0.0
 
     def _scale(self) -> float:
         scale = getattr(self.attention, "scale", None)
