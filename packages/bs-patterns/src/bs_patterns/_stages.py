@@ -15,6 +15,9 @@ from ._csr import Bool, Int64
 from ._grid import Grid
 from .segments import LongNetSegments
 
+#: Blocks to list at a time, at least, where all are wanted: bounds the memory of the work arrays.
+_WAVE = 2**21
+
 
 @dataclass(frozen=True)
 class Space:
@@ -82,11 +85,12 @@ class Levels(Stage):
         sizes = np.concatenate(([0], np.cumsum(self.sizes(space))))
         begin, last, waste = 0, len(sizes) - 1, 1
         while begin < last and (count is None or len(picked) < count):
-            end = last
-            if count is not None:
+            if count is None:
+                wave = max(_WAVE, len(picked))
+            else:
                 wave = min(waste * (count - len(picked)), count)
-                end = int(np.clip(np.searchsorted(sizes, sizes[begin] + wave), begin + 1, last))
                 waste *= 2  # what a wave fell short of, candidates or repeats took
+            end = int(np.clip(np.searchsorted(sizes, sizes[begin] + wave), begin + 1, last))
             keys, level = self.blocks(space, begin, end)
             if space.candidates is not None:
                 admitted = space.admits(keys)

@@ -31,13 +31,15 @@ class BlockLayout:
     Args:
         block_size: Tokens per (query, key) block; an integer stands for both.
         seq_len: Tokens of the (query, key) sequence; an integer stands for both.
-        indptr: int64 ``[heads, q_blocks + 1]``; heads == 1 means one layout shared by all heads.
+        indptr: int64 ``[heads, q_blocks + 1]``; heads == 1 means one layout shared by all heads (which is not equal to
+            one that writes the same heads out).
         indices: int32 ``[nnz]``, ascending and unique within a row.
         causal: Whether keys after the query are masked inside active blocks and blocks above the diagonal forbidden.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: Shapes, row pointers or sizes do not fit together. The entries themselves are checked by `validate`.
+        ValueError: Shapes, row pointers or sizes do not fit together. The entries themselves are checked by `validate`,
+            which every method that makes something of them calls first.
     """
 
     block_size: tuple[int, int]
@@ -214,6 +216,7 @@ class BlockLayout:
         q_stop = _check.integer("q_stop", q_stop, low=q_start + 1, high=self.seq_len[0])
         if (q_start, q_stop) == (0, self.seq_len[0]):
             return self
+        self.validate()
         block_q, block_k = self.block_size
         inside_one_block = q_start // block_q == (q_stop - 1) // block_q
         new_q = block_q if inside_one_block else gcd(block_q, q_start)
@@ -235,6 +238,7 @@ class BlockLayout:
         "Key ≤ query" has no meaning once rows are keys, so the transpose of a causal layout holds the same blocks with
         ``causal=False``.
         """
+        self.validate()
         indptr, indices = _csr.transpose(self.indptr, self.indices, self.shape[2])
         grid = Grid((self.block_size[1], self.block_size[0]), (self.seq_len[1], self.seq_len[0]), False)
         out = BlockLayout._trusted(grid, indptr, indices)
@@ -266,6 +270,7 @@ class BlockLayout:
 
     def _keys(self, heads: int) -> Int64:
         """Entry keys, a shared layout repeated for ``heads`` heads."""
+        self.validate()
         keys = _csr.keys_of(self.indptr, self.indices, self.shape[2])
         if heads == self.heads:
             return keys
@@ -276,6 +281,7 @@ class BlockLayout:
         """The causal layout of this one's allowed blocks."""
         if self.causal:
             return self
+        self.validate()
         grid = Grid(self.block_size, self.seq_len, True)
         return _drop_forbidden(grid, self.indptr, self.indices, grid.allowed_per_row())
 
@@ -293,17 +299,17 @@ class BlockLayout:
         for n, item in enumerate(layouts):
             if item._grid != layouts[0]._grid:
                 raise ValueError(f"layouts[{n}]: expected the grid of layouts[0], {layouts[0]!r}, got {item!r}")
+            item.validate()
         starts = np.cumsum([0] + [item.nnz for item in layouts[:-1]])
         indptr = np.concatenate([item.indptr + start for item, start in zip(layouts, starts, strict=True)])
         indices = np.concatenate([item.indices for item in layouts])
-        for item in layouts:
-            item.validate()
         return BlockLayout._trusted(layouts[0]._grid, indptr, indices)
 
     # ------------------------------------------------------------------ conversion
 
     def to_coo(self) -> tuple[Int64, Int64, Int64]:
         """(head, row, column), each int64 ``[nnz]``, in CSR order."""
+        self.validate()
         heads, rows, _ = self.shape
         row_ids = np.repeat(np.arange(heads * rows, dtype=np.int64), np.diff(self.indptr, axis=1).ravel())
         return row_ids // rows, row_ids % rows, self.indices.astype(np.int64)

@@ -1,4 +1,7 @@
-"""Patterns made of patterns, and of a user's function."""
+"""Patterns made of patterns, and of a user's function.
+
+Blocks and heads are those that `layout` is asked for; what a member alone would take as defaults does not apply.
+"""
 
 from __future__ import annotations
 
