@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bs_kernels import block_sparse_attention
 from bs_modules.attention import BlockSparseRingDilatedAttention
 from bs_modules.hilbert import BlockSparseRingDilatedAttentionHilbertPostPattern as Hilbert
 from bs_modules.testing import assert_matches_dense
@@ -31,9 +32,16 @@ def test_is_the_base_function_in_another_order(is_causal, dtype):
         assert (got.double() - want).abs().max() <= 2 * (row_order.double() - want).abs().max() + band
 
 
-def test_its_order_reaches_the_plan_and_is_not_for_choosing():
-    hilbert = Hilbert(sparse_config=dict(CONFIG))
-    assert hilbert.order == "hilbert"
-    assert hilbert._plan(hilbert.layout(64), torch.device("cpu")).order == "hilbert"
+def test_its_order_reaches_the_kernel_and_is_not_for_choosing(monkeypatch):
+    orders = []
+
+    def recorded(*args, order, **kwargs):
+        orders.append(order)
+        return block_sparse_attention(*args, order=order, **kwargs)
+
+    monkeypatch.setattr("bs_modules.attention.block_sparse_attention", recorded)
+    q = torch.randn(1, 16, 2, 4)
+    Hilbert(sparse_config=dict(CONFIG))(q, q, q)
+    assert orders == ["hilbert"]
     with pytest.raises(TypeError, match="order"):
         Hilbert(order="row")  # pyright: ignore[reportCallIssue]
