@@ -1,8 +1,8 @@
 """Build hook: compiles the native core in ``csrc/`` into ``src/bs_kernels/_native/``.
 
 The core is optional. Without a working compiler the package installs all the same, with the compiler's message in
-``_native/build.json`` for ``explain_backends``. ``BS_KERNELS_NATIVE=require`` makes that an error, ``off`` skips the build;
-``CXX`` and ``CXXFLAGS`` are honoured. Run this file as a script to build in place.
+``_native/build.json`` for ``explain_backends``. ``BS_KERNELS_NATIVE=require`` makes that an error, ``off`` skips the
+build; ``CXX`` and ``CXXFLAGS`` are honoured. Run this file as a script to build in place.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface  # pyright: ignore[reportMissingImports]
 except ImportError:  # run as a script
-    BuildHookInterface = object  # type: ignore[assignment,misc]
+    BuildHookInterface = object
 
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-#: Flags of each instruction set's translation unit, csrc/isa_<name>.cpp. Another one is a file, an entry and a dispatch slot.
+#: Flags of each instruction set's translation unit, csrc/isa_<name>.cpp. Another one is a file, an entry here and
+#: a slot in dispatch.cpp.
 ISA_FLAGS = {"portable": (), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
 X86 = ("x86_64", "amd64")
 
@@ -163,7 +164,7 @@ def build_in_place(root: Path) -> Path | None:
     return library
 
 
-class CustomBuildHook(BuildHookInterface):
+class CustomBuildHook(BuildHookInterface):  # pyright: ignore[reportGeneralTypeIssues]
     """Runs for wheels and for editable installs."""
 
     PLUGIN_NAME = "custom"

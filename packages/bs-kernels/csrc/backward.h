@@ -22,7 +22,7 @@ class Backward {
         keys_paired_(c, c.k, c.dim, Operand<V>::Paired),
         values_(c, c.v, c.v_dim, Operand<V>::Natural) {}
 
-  int run() {
+  int run(int64_t* need) {
     const bool by_heads = c_.split == BSA_SPLIT_AUTO ? heads_are_faster() : c_.split == BSA_SPLIT_HEADS;
     const long largest = largest_block();
     const long sums = (by_heads ? c_.kv_len : largest) * (d_pad_ + v_pad_);
@@ -33,7 +33,11 @@ class Backward {
     arena.plan(separate() ? keys_paired_.bytes() : 0);
     arena.plan(values_.bytes());
     arena.plan(KeyBlocks::bytes(c_) + 256);
-    if (!arena.allocate()) return BSA_NO_MEMORY;
+    if (need) {
+      *need = arena.size();
+      return BSA_OK;
+    }
+    if (!arena.open(c_)) return BSA_BAD_ARGUMENT;
     float* space = arena.take<float>(c_.num_threads * own);
     keys_.use(arena.take<float>(keys_.bytes() / 4));
     if (separate()) keys_paired_.use(arena.take<float>(keys_paired_.bytes() / 4));

@@ -7,10 +7,10 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 1
+#define BSA_ABI_VERSION 2
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
-enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_MEMORY = 2, BSA_NO_ISA = 3 };
+enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
 enum { BSA_ISA_PORTABLE = 0, BSA_ISA_AVX2 = 1, BSA_ISA_AVX512 = 2, BSA_ISA_AVX512_BF16 = 3, BSA_ISA_COUNT = 4 };
 // How backward splits its work. Every choice gives the same bits.
 enum { BSA_SPLIT_AUTO = 0, BSA_SPLIT_HEADS = 1, BSA_SPLIT_BLOCKS = 2 };
@@ -45,6 +45,9 @@ typedef struct {
   bsa_tensor q, k, v, out, dout, dq, dk, dv;
   float* lse;                    // [batch, q_heads, q_len]; written by forward, read by backward
   const float* delta;            // [batch, q_heads, q_len]: rowsum(dout * out) - dlse; read by backward
+
+  void* workspace;               // aligned to 64 bytes; the core allocates nothing itself
+  int64_t workspace_bytes;
 } bsa_call;
 
 #define BSA_EXPORT __attribute__((visibility("default")))
@@ -54,8 +57,9 @@ BSA_EXPORT const char* bsa_isa_name(int isa);
 BSA_EXPORT int bsa_isa_supported(int isa);  // 1 when compiled in and this machine runs it
 BSA_EXPORT int bsa_openmp(void);            // 1 when built with threads
 
-BSA_EXPORT int bsa_forward(const bsa_call* call);
-BSA_EXPORT int bsa_backward(const bsa_call* call);
+// With `need`, nothing runs: the bytes of workspace that the call takes are written there.
+BSA_EXPORT int bsa_forward(const bsa_call* call, int64_t* need);
+BSA_EXPORT int bsa_backward(const bsa_call* call, int64_t* need);
 
 #ifdef __cplusplus
 }

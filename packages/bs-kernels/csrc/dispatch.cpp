@@ -76,15 +76,15 @@ int bsa_openmp(void) {
 #endif
 }
 
-int bsa_forward(const bsa_call* call) {
+int bsa_forward(const bsa_call* call, int64_t* need) {
   const bsa_engine* e = nullptr;
   const int status = resolve(call, &e);
-  return status ? status : e->forward(call);
+  return status ? status : e->forward(call, need);
 }
 
-int bsa_backward(const bsa_call* call) {
+int bsa_backward(const bsa_call* call, int64_t* need) {
   const bsa_engine* e = nullptr;
   const int status = resolve(call, &e);
-  return status ? status : e->backward(call);
+  return status ? status : e->backward(call, need);
 }
 }

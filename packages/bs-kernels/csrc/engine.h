@@ -4,13 +4,13 @@
 #include "call.h"
 
 struct bsa_engine {
-  int (*forward)(const bsa_call*);
-  int (*backward)(const bsa_call*);
+  int (*forward)(const bsa_call*, int64_t* need);
+  int (*backward)(const bsa_call*, int64_t* need);
 };
 
 extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512, bsa_engine_avx512_bf16;
 
 #define BSA_DEFINE_ENGINE(NAME, V)                                              \
-  static int run_forward(const bsa_call* c) { return Forward<V>(*c).run(); }    \
-  static int run_backward(const bsa_call* c) { return Backward<V>(*c).run(); }  \
+  static int run_forward(const bsa_call* c, int64_t* need) { return Forward<V>(*c).run(need); }    \
+  static int run_backward(const bsa_call* c, int64_t* need) { return Backward<V>(*c).run(need); }  \
   const bsa_engine NAME = {run_forward, run_backward};

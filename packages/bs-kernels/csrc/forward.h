@@ -14,7 +14,7 @@ class Forward {
   explicit Forward(const bsa_call& c)
       : c_(c), layout_(c), keys_(c, c.k, c.dim, Operand<V>::Natural), values_(c, c.v, c.v_dim, Operand<V>::Paired) {}
 
-  int run() {
+  int run(int64_t* need) {
     threads_ = c_.num_threads;
     depth_ = units<V>(c_.dim);
     d_pad_ = round_up(depth_, V::W);
@@ -28,7 +28,11 @@ class Forward {
     arena.plan(keys_.bytes());
     arena.plan(values_.bytes());
     arena.plan(KeyBlocks::bytes(c_) + 256);
-    if (!arena.allocate()) return BSA_NO_MEMORY;
+    if (need) {
+      *need = arena.size();
+      return BSA_OK;
+    }
+    if (!arena.open(c_)) return BSA_BAD_ARGUMENT;
     ForwardTask* list = arena.take<ForwardTask>(tasks);
     float* space = arena.take<float>(threads_ * own_);
     keys_.use(arena.take<float>(keys_.bytes() / 4));

@@ -1,6 +1,5 @@
 // What forward and backward share: workspace, key operands, the tasks and the thread team.
 #pragma once
-#include <cstdlib>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -13,18 +12,15 @@ namespace {
 constexpr long kKeys = 64;   // keys of a score tile: 8 KB with 32 lanes
 constexpr long kTiles = 4;   // query tiles that share one pass over the keys
 
-// One aligned allocation, cut into pieces; null data after a failed allocation.
+// The workspace of a call, cut into pieces.
 class Arena {
  public:
-  Arena() = default;
-  Arena(const Arena&) = delete;
-  Arena& operator=(const Arena&) = delete;
-  ~Arena() { std::free(data_); }
-  // Call for every piece, then allocate(), then take() the pieces in the same order.
+  // Call for every piece, then open(), then take() the pieces in the same order.
   void plan(long bytes) { size_ += round_up(bytes, 64); }
-  bool allocate() {
-    data_ = static_cast<char*>(std::aligned_alloc(64, size_t(size_ ? size_ : 64)));
-    return data_ != nullptr;
+  long size() const { return size_; }
+  bool open(const bsa_call& c) {
+    data_ = static_cast<char*>(c.workspace);
+    return c.workspace_bytes >= size_;
   }
   template <class T>
   T* take(long count) {

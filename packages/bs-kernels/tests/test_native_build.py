@@ -30,7 +30,8 @@ needs_sources = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="the sou
 @pytest.fixture
 def hook() -> ModuleType:
     spec = importlib.util.spec_from_file_location("bs_kernels_hatch_build", ROOT / "hatch_build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

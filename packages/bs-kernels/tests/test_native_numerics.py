@@ -1,4 +1,4 @@
-"""The native backend against dense attention in double precision: forward, LSE and gradients, on every instruction set."""
+"""The native backend against dense attention in double precision: forward and gradients, on every instruction set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bs_kernels import LayoutPlan, TokenMask
 from bs_kernels.backends import _native_lib
-from bs_kernels.backends.base import Call, Gradients, Needs
+from bs_kernels.backends.base import Call, Needs
 from bs_kernels.backends.native import NativeBackend
 from bs_kernels.backends.reference import ReferenceBackend
 from bs_patterns import BlockLayout
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(_native_lib.missing_reason() is not None, reason
 
 ISA = () if _native_lib.missing_reason() else _native_lib.load().supported
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN_MASK = TokenMask()
 NATIVE, REFERENCE = NativeBackend(), ReferenceBackend()
 
 
@@ -37,7 +38,7 @@ class Case:
     block_size: tuple[int, int]
     density: float
     per_head: bool = False
-    mask: TokenMask = TokenMask()
+    mask: TokenMask = PLAIN_MASK
     padding: bool = False
     segments: bool = False
     sinks: bool = False
@@ -104,41 +105,36 @@ def backward_inputs(call: Call, dout: Tensor) -> tuple[Tensor, Tensor]:
     return lse, ((dout.double() * out).sum(-1).transpose(1, 2) - dlse).masked_fill(lse == -torch.inf, 0).contiguous()
 
 
-def rounded_dense(call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> tuple[Tensor, Gradients]:
-    """Dense attention that keeps its probabilities and their gradients in the inputs' dtype, as dense kernels do."""
-    dtype, exact = call.q.dtype, doubled(call)
-    if dtype == torch.float32:
-        out, _ = REFERENCE.forward(call, torch.float32)
-        return out, REFERENCE.backward(call, dout, lse.float(), delta.float(), Needs(), torch.float32)
+class Dense:
+    """Dense attention that rounds its probabilities and their gradients to the inputs' dtype, as dense kernels do.
 
-    def rounded(x: Tensor) -> Tensor:
-        return x.to(dtype).double()
+    Attributes:
+        values: out, dq, dk, dv.
+        sizes: of each, the largest sum of the absolute values of its terms: what rounding is relative to.
+    """
 
-    group = call.q.shape[2] // call.k.shape[2]
-    q, k, v = exact.q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(group, 1) for x in (exact.k, exact.v))
-    unit = replace(
-        exact, v=torch.eye(call.plan.seq_len[1], dtype=torch.float64).expand(*k.shape[:1], -1, -1)[:, :, None]
-    )
-    unit = replace(unit, v=unit.v.expand(-1, -1, call.k.shape[2], -1))
-    p = REFERENCE.forward(unit, torch.float64)[0].transpose(1, 2)
-    do = dout.double().transpose(1, 2)
-    ds = rounded(p * (do @ v.transpose(-1, -2) - delta[..., None]))
-    p = rounded(p)
+    def __init__(self, call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> None:
+        exact, group, dtype = doubled(call), call.q.shape[2] // call.k.shape[2], call.q.dtype
+        heads = (exact.q, *(x.repeat_interleave(group, 2) for x in (exact.k, exact.v)), dout.double())
+        q, k, v, do = (x.transpose(1, 2) for x in heads)
+        # Attention over one-hot values is the matrix of probabilities.
+        unit = torch.eye(call.plan.seq_len[1], dtype=torch.float64)[None, :, None].expand(*call.k.shape[:3], -1)
+        p = REFERENCE.forward(replace(exact, v=unit), torch.float64)[0].transpose(1, 2)
+        ds = p * (do @ v.transpose(-1, -2) - delta[..., None]) * call.scale
 
-    def to_keys(x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, group)).sum(2).transpose(1, 2)
+        def gradients(p: Tensor, ds: Tensor, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[Tensor]:
+            of_keys = (x.unflatten(1, (-1, group)).sum(2) for x in (ds.mT @ q, p.mT @ do))
+            return [x.transpose(1, 2) for x in (p @ v, ds @ k, *of_keys)]
 
-    dq, dk = (ds @ k * call.scale).transpose(1, 2), to_keys(ds.transpose(-1, -2) @ q * call.scale)
-    return (p @ v).transpose(1, 2), Gradients(dq, dk, to_keys(p.transpose(-1, -2) @ do))
+        self.values = gradients(p.to(dtype).double(), ds.to(dtype).double(), q, k, v, do)
+        self.sizes = [x.max().item() if x.numel() else 0.0 for x in gradients(*(x.abs() for x in (p, ds, q, k, v, do)))]
 
 
-def check(name: str, got: Tensor, dense: Tensor, exact: Tensor, logit: float) -> None:
-    """Error ≤ 2 × that of the dense computation, plus a band: a score near ``logit`` is known to eps · logit in the
-    accumulation dtype, which is the relative error of its probability."""
+def check(name: str, got: Tensor, dense: Tensor, exact: Tensor, band: float) -> None:
+    """Error ≤ 2 × that of the dense computation, plus a band for rounding."""
     if exact.numel() == 0:
         return
     worst = (got.double() - exact).abs().max().item()
-    band = 8 * torch.finfo(torch.float32).eps * (4 + logit) * max(1.0, exact.abs().max().item())
     limit = 2 * (dense.double() - exact).abs().max().item() + band
     assert worst <= limit, f"{name}: error {worst:.3g}, limit {limit:.3g}"
 
@@ -150,18 +146,21 @@ def run_and_check(case: Case, dtype: torch.dtype, isa: str, monkeypatch: pytest.
     dout = torch.randn(exact_out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     lse, delta = backward_inputs(call, dout)
     exact = REFERENCE.backward(doubled(call), dout, lse, delta, Needs(), torch.float64)
-    dense_out, dense = rounded_dense(call, dout, lse, delta)
+    dense = Dense(call, dout, lse, delta)
 
-    out, got_lse = NATIVE.forward(call, torch.float32)
     empty = exact_lse == -torch.inf
     logit = exact_lse[~empty].abs().max().item() if not empty.all() else 0.0
-    check("out", out, dense_out, exact_out, logit)
-    assert torch.equal(got_lse == -torch.inf, empty)
-    float_lse = REFERENCE.forward(replace(call, q=call.q.float(), k=call.k.float(), v=call.v.float()), torch.float32)[1]
-    check("lse", got_lse[~empty], float_lse[~empty], exact_lse[~empty], logit)
+    # A score near `logit` is known to eps · logit in the accumulation dtype: the relative error of its probability.
+    known = 8 * torch.finfo(torch.float32).eps * (4 + logit)
+    unit = known + torch.finfo(dtype).eps / 2
+    bands = [unit * size + known for size in dense.sizes]
+    out, got_lse = NATIVE.forward(call, torch.float32)
     got = NATIVE.backward(call, dout, lse.float(), delta.float(), Needs(), torch.float32)
-    for name in ("q", "k", "v"):
-        check(f"d{name}", getattr(got, name), getattr(dense, name), getattr(exact, name), logit)
+    assert torch.equal(got_lse == -torch.inf, empty)
+    check("lse", got_lse[~empty], exact_lse[~empty], exact_lse[~empty], known)
+    names = ("out", "dq", "dk", "dv")
+    for name, *values in zip(names, (out, *got[:3]), dense.values, (exact_out, *exact[:3]), bands, strict=True):
+        check(name, *values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -225,7 +224,8 @@ def test_bits_do_not_depend_on_threads_or_split(isa: str, dtype: torch.dtype, mo
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            for split in (0, 1, 2):
+            for number in (0, 1, 2):
+                split = number
                 gradients = NATIVE.backward(call, dout, lse, delta, Needs(), torch.float32)
                 results.append((*NATIVE.forward(call, dtype), *gradients[:3]))
     finally:

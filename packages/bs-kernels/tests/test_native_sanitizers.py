@@ -1,5 +1,7 @@
-"""The native core under the address and undefined-behaviour sanitizers. Takes a compiler and most of a minute: opt in with
-``BS_KERNELS_SANITIZE=1``, as continuous integration does."""
+"""The native core under the address and undefined-behaviour sanitizers.
+
+Takes a compiler and most of a minute: opt in with ``BS_KERNELS_SANITIZE=1``, as continuous integration does.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ SANITIZE = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover
 
 def hook() -> ModuleType:
     spec = importlib.util.spec_from_file_location("bs_kernels_hatch_build", ROOT / "hatch_build.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

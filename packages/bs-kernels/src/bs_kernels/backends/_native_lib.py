@@ -7,15 +7,23 @@ import functools
 import json
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+
+import torch
+from bs_memory import default_pool
+from torch import Tensor
 
 __all__ = ["ISA_NAMES", "CoreCall", "CoreTensor", "NativeCore", "NativeUnavailableError", "load", "missing_reason"]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 1
+ABI_VERSION = 2
 #: Instruction sets by their number in csrc/call.h, slowest first.
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
 
+#: Larger workspaces are returned to the system after the call.
+_POOLED = 2**28
+_CPU = torch.device("cpu")
 _DIRECTORY = Path(__file__).resolve().parent.parent / "_native"
 _LIBRARY = {"darwin": "libbs_native.dylib", "win32": "bs_native.dll"}.get(sys.platform, "libbs_native.so")
 
@@ -53,8 +61,21 @@ class CoreCall(ctypes.Structure):
         ("band_hi", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("key_padding", "q_segments", "kv_segments", "sinks", "page_table")),
         *((name, CoreTensor) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("lse", "delta")),
+        *((name, ctypes.c_void_p) for name in ("lse", "delta", "workspace")),
+        ("workspace_bytes", ctypes.c_int64),
     )
+
+
+def _workspace(nbytes: int) -> AbstractContextManager[Tensor]:
+    """A buffer of at least ``nbytes``: recycled up to `_POOLED`, so that its pages stay mapped, else fresh.
+
+    Sizes are rounded up to four steps per power of two, so that calls of similar sizes share buffers.
+    """
+    step = 1 << max(nbytes.bit_length() - 3, 6)
+    size = -(-nbytes // step) * step
+    if size > _POOLED:
+        return nullcontext(torch.empty(size, dtype=torch.uint8))
+    return default_pool().lease((size,), torch.uint8, _CPU)
 
 
 class NativeCore:
@@ -72,7 +93,7 @@ class NativeCore:
         self.supported = tuple(name for number, name in enumerate(ISA_NAMES) if library.bsa_isa_supported(number))
         self._run = {name: getattr(library, f"bsa_{name}") for name in ("forward", "backward")}
         for function in self._run.values():
-            function.argtypes = (ctypes.POINTER(CoreCall),)
+            function.argtypes = (ctypes.POINTER(CoreCall), ctypes.POINTER(ctypes.c_int64))
             function.restype = ctypes.c_int
 
     @property
@@ -90,15 +111,19 @@ class NativeCore:
         return asked
 
     def run(self, name: str, call: CoreCall) -> None:
-        """Run ``bsa_<name>``.
+        """Run ``bsa_<name>`` on a workspace from the default pool.
 
         Raises:
-            MemoryError: the core could not allocate its workspace.
-            RuntimeError: the core refused the call, which is a bug in the binding.
+            RuntimeError: no memory for the workspace, or the core refused the call, which is a bug in the binding.
         """
-        status = self._run[name](call)
-        if status == 2:
-            raise MemoryError(f"native core: no memory for the workspace of {name}")
+        need = ctypes.c_int64()
+        self._check(name, self._run[name](call, need))
+        with _workspace(need.value) as workspace:
+            call.workspace, call.workspace_bytes = workspace.data_ptr(), workspace.numel()
+            self._check(name, self._run[name](call, None))
+
+    @staticmethod
+    def _check(name: str, status: int) -> None:
         if status:
             raise RuntimeError(f"native core: {name} returned status {status}")
 
@@ -112,7 +137,7 @@ def _load() -> NativeCore | str:
         if record.exists():
             message = json.loads(record.read_text()).get("error") or "the build left no message"
             return f"the native core was not built: {message}"
-        return "the native core is not built; install the package with a C++ compiler, or run hatch_build.py from its source"
+        return "the native core is not built: install with a C++ compiler, or run hatch_build.py of the source"
     try:
         return NativeCore(path)
     except (OSError, AttributeError, NativeUnavailableError) as error:

@@ -32,7 +32,7 @@ _PLAN_LISTS = (
 
 
 class NativeBackend:
-    """Block-sparse attention in C++: flash-style forward, deterministic backward, any thread count with the same bits."""
+    """Block-sparse attention in C++: flash-style forward, deterministic backward, the same bits at any thread count."""
 
     name = "native"
 
