@@ -253,6 +253,37 @@ def test_a_causal_mask_with_the_hint_is_the_causal_layout(kind):
     torch.testing.assert_close(got, dense(x, x, x, attn_mask=more)[0])
 
 
+@pytest.mark.parametrize("lengths", [(4, 7), (7, 4)])
+def test_of_unequal_lengths_a_mask_alone_says_what_is_causal(lengths):
+    dense, sparse = pair(8, 2, batch_first=True)
+    query, key = (torch.randn(2, n, 8) for n in lengths)
+    mask = torch.ones(lengths, dtype=torch.bool).triu(1)
+    for need_weights in (False, True):
+        call = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights}
+        torch.testing.assert_close(sparse(query, key, key, **call), dense(query, key, key, **call))
+
+
+def test_decoding_one_query_at_a_time_equals_the_causal_call():
+    _, sparse = pair(8, 2, batch_first=True, sparse_config=dict(SPARSE))
+    x = torch.randn(1, 18, 8)
+    whole = sparse(x, x, x, is_causal=True)[0]
+    for t in (0, 5, 17):
+        step = sparse(x[:, t : t + 1], x[:, : t + 1], x[:, : t + 1], is_causal=True)[0]
+        torch.testing.assert_close(step[:, 0], whole[:, t])
+
+
+def test_moves_between_dtypes_and_devices_and_is_functional():
+    sparse = Multihead(8, 2, batch_first=True, device="meta", sparse_config=dict(SPARSE))
+    sparse = sparse.to_empty(device="cpu")
+    sparse._reset_parameters()
+    x = torch.randn(1, 12, 8)
+    assert sparse(x, x, x)[0].isfinite().all()
+    doubled = {name: 2 * p for name, p in sparse.named_parameters()}
+    twice = torch.func.functional_call(sparse, doubled, (x, x, x))[0]
+    assert not torch.equal(twice, sparse(x, x, x)[0])
+    assert sparse.double()(x.double(), x.double(), x.double())[0].dtype == torch.float64
+
+
 def test_a_mask_leaves_the_layout_alone():
     _, sparse = pair(8, 2, batch_first=True, sparse_config=dict(SPARSE))
     x = torch.randn(1, 32, 8)
