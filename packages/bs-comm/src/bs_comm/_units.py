@@ -16,15 +16,6 @@ def _split(name: str, text: str, example: str) -> tuple[float, str]:
     return float(match[1]), match[2]
 
 
-def tokens(name: str, text: str) -> int:
-    """Read a count; ``K`` and ``M`` are 1024 and 1024², as in a 128K context."""
-    value, unit = _split(name, text.replace(",", "").replace("_", ""), "131072, 128K or 1M")
-    factor = {"": 1, "K": 1 << 10, "k": 1 << 10, "M": 1 << 20, "m": 1 << 20}.get(unit)
-    if factor is None or value * factor != int(value * factor):
-        raise ValueError(f"{name}: expected a whole number such as 131072, 128K or 1M, got {text!r}")
-    return int(value * factor)
-
-
 def bandwidth(name: str, text: str) -> float:
     """Read bytes per second: ``50GB/s``, ``400Gbit/s``, ``50G`` (bytes)."""
     value, unit = _split(name, text, "50GB/s or 400Gbit/s")

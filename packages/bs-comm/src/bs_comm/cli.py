@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from bs_patterns import BlockLayout
+# The options of a pattern are spelled as in `python -m bs_patterns show`, by the same code.
+from bs_patterns import BlockLayout, LongNetSegments, _options
 
 from . import _units
-from ._pattern_args import add_pattern_options, describe, make_layout, make_pattern, pattern_classes
 from .cost import CostModel, hiding_bandwidth, scaling_curve, step_time
 from .placement import PLACEMENTS
 from .plan import ExchangePlan
@@ -20,84 +22,165 @@ from .report import plan_record, plan_report
 
 #: Bytes per element on the wire.
 ITEM_SIZES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+#: Query heads where neither the command line nor the layout says.
+_QUERY_HEADS = 8
+_ABOUT = "Print who sends what in a ring over a block-sparse layout, and what it costs on a given machine."
+_EPILOG = """\
+PATTERN is dense, a layout saved as FILE.npz, or one of {patterns}.
+`{prog} PATTERN --help` lists its options.
+
+examples:
+  {prog} local_window --window-size 4096 --tokens 1M --world-size 64 --causal
+  {prog} dense --tokens 128K --world-size 8 --causal --placement zigzag
+  {prog} dilated_sparse --density 0.1 --tokens 256K --world-size 32 --placement cost_balanced --json
+"""
+
+
+class _UsageError(Exception):
+    """A command line that cannot be followed."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are one line."""
+    """Does not guess, and leaves reporting and exiting to `main`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise _UsageError(message)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "python -m bs_comm") -> int:
     """Run the command line.
 
     Args:
-        argv: Arguments after the program's name; default those of the process.
-        prog: What to call the program in messages.
+        argv: Arguments without the program's name, ``["plan", …]``; by default those of the process.
+        prog: What help and errors call the program; a command that delegates here says its own name.
 
     Returns:
-        Exit status: 0, or 2 for bad input, after one line on stderr.
+        The exit status: 0, or 2 for bad input, after one line on standard error.
     """
-    parser = _Parser(prog=prog, description="Plan ring attention over a block-sparse layout.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    plan = commands.add_parser("plan", help="who sends what, what it costs", description=_PLAN_HELP)
-    add_plan_options(plan)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = parser.parse_args(argv)
-        return run_plan(options)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 2
-    except (ValueError, TypeError, OSError) as error:
-        print(f"{prog} plan: error: {' '.join(str(error).split())}", file=sys.stderr)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            text = _run(words, prog)
+        for warning in caught:
+            print(f"note: {warning.message}", file=sys.stderr)
+        print(text, flush=True)
+    except SystemExit as done:  # argparse has printed help
+        return int(done.code or 0)
+    except BrokenPipeError:  # the reader has seen enough; keep the interpreter from flushing once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (_UsageError, ValueError, TypeError, OverflowError, OSError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    return 0
 
 
-_PLAN_HELP = "Prints the exchange plan of a layout and what it would cost on a given machine."
+def _run(words: list[str], prog: str) -> str:
+    wants_help = any(word in ("-h", "--help") for word in words)
+    if words and words[0] != "plan" and not wants_help:
+        raise _UsageError(f"expected the command 'plan', got {words[0]!r}")
+    prog, words = f"{prog} plan", words[1:] if words[:1] == ["plan"] else words
+    if not words or words[0].startswith("-"):
+        if wants_help:
+            epilog = _EPILOG.format(prog=prog, patterns=", ".join(_options.pattern_classes()))
+            _Parser(prog=prog, usage="%(prog)s PATTERN [options]", epilog=epilog, description=_ABOUT).print_help()
+            raise SystemExit(0)
+        raise _UsageError(f"expected a PATTERN first, got {words[0]!r}" if words else "expected a PATTERN, got nothing")
+    parser = _source_parser(words[0], prog)
+    options = parser.parse_args(words[1:])
+    return _plan(options, *_layout(words[0], options))
 
 
-def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """All options of ``plan``."""
-    add = parser.add_argument
-    add("pattern", help=f"dense, a .npz layout, or one of {', '.join(pattern_classes())}")
-    add("--tokens", metavar="N", help="sequence length; K and M are 1024 and 1024²")
-    add("--world-size", type=int, required=True, metavar="W", help="number of ranks")
-    add("--placement", default="contiguous", choices=sorted(PLACEMENTS), help="default: %(default)s")
-    add("--block-size", type=int, metavar="B", help="tokens per block, default 64")
-    add("--causal", action="store_true", help="no key after its query")
-    add("--density", type=float, metavar="D", help="active / allowed blocks, in (0, 1]")
-    add("--per-head", action="store_true", help="one layout for each query head instead of one for all")
-    sizes = parser.add_argument_group("tensors")
-    sizes.add_argument("--kv-heads", type=int, metavar="N", help="default: the query heads")
-    sizes.add_argument("--q-heads", type=int, metavar="N", help="default: the layout's heads, or 8")
-    sizes.add_argument("--head-dim", type=int, default=128, metavar="D", help="default: %(default)s")
-    sizes.add_argument("--value-head-dim", type=int, metavar="D", help="default: the head dim")
-    sizes.add_argument("--batch", type=int, default=1, metavar="N", help="default: %(default)s")
-    sizes.add_argument("--dtype", default="bf16", choices=ITEM_SIZES, help="K and V on the wire; default: %(default)s")
-    sizes.add_argument("--grad-dtype", default="fp32", choices=ITEM_SIZES, help="dK, dV; default: %(default)s")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--bandwidth", default="50GB/s", help="of a rank, each way; default: %(default)s")
-    machine.add_argument("--latency", default="10us", help="per message; default: %(default)s")
-    machine.add_argument("--flops", default="400T", help="sustained, per rank; default: %(default)s")
-    machine.add_argument("--ranks-per-node", type=int, metavar="N", help="consecutive ranks on one node")
+def _source_parser(source: str, prog: str) -> _Parser:
+    """A parser with the options of one source of layouts, and those of any plan."""
+    parser = _Parser(prog=f"{prog} {source}", usage="%(prog)s [options]", description=_ABOUT)
+    if not source.endswith(".npz"):
+        group = parser.add_argument_group("of the layout")
+        group.add_argument("--tokens", type=_options.integer, required=True, metavar="N", help="64K = 65536")
+        group.add_argument("--block-size", type=_options.integer, metavar="N", help="tokens per block [64]")
+        group.add_argument("--causal", action="store_true", help="no key after its query")
+        if source != "dense":
+            name, patterns = _options.canonical(source), _options.pattern_classes()
+            if name not in patterns:
+                known = ", ".join(patterns)
+                raise _UsageError(f"unknown pattern {source!r}; expected dense, FILE.npz or one of {known}")
+            group.add_argument("--density", type=_options.number, metavar="D", help="active / allowed blocks")
+            group.add_argument("--per-head", action="store_true", help="a layout for each query head")
+            many: dict[str, Any] = {"type": _options.integers, "nargs": "+", "action": _options.Joined, "metavar": "N"}
+            group.add_argument("--segment-lengths", help="restrict to LongNet segments of these lengths", **many)
+            group.add_argument("--segment-rates", help="the segments' dilation rates", **many)
+            _options.add_options(parser, patterns[name])
+    _add_plan_options(parser)
+    return parser
+
+
+def _add_plan_options(parser: _Parser) -> None:
+    number: dict[str, Any] = {"type": _options.integer, "metavar": "N"}
+    ring = parser.add_argument_group("of the ring")
+    ring.add_argument("--world-size", required=True, help="ranks", **number)
+    ring.add_argument("--placement", default="contiguous", choices=sorted(PLACEMENTS), help="[%(default)s]")
+    tensors = parser.add_argument_group("of the tensors")
+    tensors.add_argument("--q-heads", help=f"[the layout's heads, or {_QUERY_HEADS}]", **number)
+    tensors.add_argument("--kv-heads", help="[the query heads]", **number)
+    tensors.add_argument("--head-dim", default=128, help="[%(default)s]", **number)
+    tensors.add_argument("--value-head-dim", help="[the head dim]", **number)
+    tensors.add_argument("--batch", default=1, help="[%(default)s]", **number)
+    tensors.add_argument("--dtype", default="bf16", choices=ITEM_SIZES, help="of K and V on the wire [%(default)s]")
+    tensors.add_argument("--grad-dtype", default="fp32", choices=ITEM_SIZES, help="of dK and dV [%(default)s]")
+    machine = parser.add_argument_group("of the machine")
+    machine.add_argument("--bandwidth", default="50GB/s", help="of a rank, each way [%(default)s]")
+    machine.add_argument("--latency", default="10us", help="per message [%(default)s]")
+    machine.add_argument("--flops", default="400T", help="sustained, per rank [%(default)s]")
+    machine.add_argument("--ranks-per-node", help="consecutive ranks that share a node", **number)
     machine.add_argument("--node-bandwidth", metavar="B", help="of a rank between nodes")
     machine.add_argument("--node-latency", metavar="T", help="between nodes")
-    run = parser.add_argument_group("run and output")
+    run = parser.add_argument_group("of the run and the output")
     run.add_argument("--forward-only", action="store_true", help="leave out the backward pass")
     run.add_argument("--keep-kv", action="store_true", help="backward does not fetch K and V again")
-    run.add_argument("--scaling", metavar="W,W,…", help="world sizes of the curve; default: powers of two up to W")
+    run.add_argument(
+        "--scaling", type=_options.integers, nargs="+", action=_options.Joined, metavar="W",
+        help="world sizes of the curve [powers of two up to the world size]",
+    )  # fmt: skip
     run.add_argument("--json", action="store_true", help="numbers instead of text")
-    run.add_argument("--width", type=int, default=64, metavar="N", help="widest picture; default: %(default)s")
-    add_pattern_options(parser)
+    run.add_argument("--width", default=64, help="widest picture, in characters [%(default)s]", **number)
 
 
-def run_plan(options: argparse.Namespace) -> int:
-    """Plan, cost, print; returns the exit status."""
-    layout, title = _layout(options)
-    q_heads = _query_heads(options, layout)
+def _layout(source: str, options: argparse.Namespace) -> tuple[BlockLayout | None, str]:
+    """The layout, None for a dense ring, and how to call it."""
+    if source.endswith(".npz"):
+        layout = BlockLayout.load(Path(source))
+        return layout, f"{Path(source).name} (density {layout.density:.4g})"
+    causal = ", causal" if options.causal else ""
+    if source == "dense":
+        return None, f"dense{causal}"
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    pattern = _options.build(_options.pattern_classes()[_options.canonical(source)], given)
+    arguments: dict[str, Any] = {"density": options.density, "causal": options.causal}
+    if options.block_size is not None:
+        arguments["block_size"] = options.block_size
+    if options.per_head:
+        arguments["heads"] = _QUERY_HEADS if options.q_heads is None else options.q_heads
+    if (options.segment_lengths is None) != (options.segment_rates is None):
+        raise _UsageError("arguments --segment-lengths, --segment-rates: expected both or neither, got one")
+    if options.segment_lengths is not None:
+        arguments["candidates"] = LongNetSegments(options.segment_lengths, options.segment_rates)
+    layout = pattern.layout(options.tokens, **arguments)
+    return layout, f"{pattern}{causal} (density {layout.density:.4g})"
+
+
+def _plan(options: argparse.Namespace, layout: BlockLayout | None, title: str) -> str:
+    """Plan, cost, and say so."""
+    q_heads = options.q_heads
+    if q_heads is None:
+        q_heads = layout.heads if layout is not None and layout.heads > 1 else _QUERY_HEADS
     kv_heads = q_heads if options.kv_heads is None else options.kv_heads
     if options.width < 2:
         raise ValueError(f"--width: expected an integer ≥ 2, got {options.width}")
+    if options.world_size < 1:
+        raise ValueError(f"--world-size: expected an integer ≥ 1, got {options.world_size}")
     model = CostModel(
         _units.bandwidth("--bandwidth", options.bandwidth),
         _units.duration("--latency", options.latency),
@@ -106,14 +189,12 @@ def run_plan(options: argparse.Namespace) -> int:
         None if options.node_bandwidth is None else _units.bandwidth("--node-bandwidth", options.node_bandwidth),
         None if options.node_latency is None else _units.duration("--node-latency", options.node_latency),
     )
+    dense: dict[str, Any] = {}
+    if layout is None:
+        dense = {"seq_len": options.tokens, "block_size": options.block_size, "causal": options.causal}
 
     def plan_of(world: int) -> ExchangePlan:
-        if layout is not None:
-            return ExchangePlan.build(layout, world, options.placement, kv_heads)
-        seq_len, block = _units.tokens("--tokens", options.tokens), options.block_size
-        return ExchangePlan.build(
-            None, world, options.placement, kv_heads, seq_len=seq_len, block_size=block, causal=options.causal
-        )
+        return ExchangePlan.build(layout, world, options.placement, kv_heads, **dense)
 
     sizes = {"kv_itemsize": ITEM_SIZES[options.dtype], "grad_itemsize": ITEM_SIZES[options.grad_dtype]}
     step = {
@@ -124,77 +205,26 @@ def run_plan(options: argparse.Namespace) -> int:
         "keep_kv": options.keep_kv,
         **sizes,
     }
-    plan = plan_of(options.world_size)
+    world = options.world_size
+    worlds = options.scaling or sorted({2**i for i in range(world.bit_length())} | {world})
+    plan = plan_of(world)
     traffic = plan.traffic(options.head_dim, options.value_head_dim, batch=options.batch, **sizes)
     time = step_time(plan, model, options.head_dim, **step)
-    curve = scaling_curve(plan_of, _curve_sizes(options), model, options.head_dim, **step)
+    curve = scaling_curve(plan_of, worlds, model, options.head_dim, **step)
     hiding = hiding_bandwidth(plan, model, options.head_dim, **step)
     if options.json:
-        print(json.dumps(plan_record(plan, traffic, time, curve, hiding), allow_nan=False))
-        return 0
+        return json.dumps(plan_record(plan, traffic, time, curve, hiding), allow_nan=False)
     title = (
-        f"{title}, {plan.seq_len[1]:,} tokens over {plan.world_size:,} ranks, {plan.placement.name}; "
+        f"{title}, {plan.seq_len[1]:,} tokens over {world:,} ranks, {plan.placement.name}; "
         f"{q_heads} query and {kv_heads} kv heads × {options.head_dim}, {options.dtype}"
     )
-    text = plan_report(plan, traffic, time, curve, hiding, title=title, width=options.width, ascii_only=_is_ascii())
-    print(text)
-    return 0
+    ascii_only = not _is_printable("░▒▓█│┌┐└┘─×…–µ≤")
+    return plan_report(plan, traffic, time, curve, hiding, title=title, width=options.width, ascii_only=ascii_only)
 
 
-def _layout(options: argparse.Namespace) -> tuple[BlockLayout | None, str]:
-    """The layout and how to call it; None for a dense ring."""
-    if options.pattern.endswith(".npz"):
-        _refuse(options, "a layout file has its own", "tokens", "block_size", "causal", "density", "per_head")
-        layout = BlockLayout.load(Path(options.pattern))
-        return layout, f"{Path(options.pattern).name} (density {layout.density:.4g})"
-    if options.tokens is None:
-        raise ValueError("--tokens: expected a sequence length, got none")
-    if options.pattern == "dense":
-        _refuse(options, "dense has none", "density", "per_head")
-        _refuse(options, "dense has no pattern parameters", *(k for k in vars(options) if k.startswith("pattern_")))
-        return None, "dense, causal" if options.causal else "dense"
-    pattern = make_pattern(options.pattern, options)
-    heads = (8 if options.q_heads is None else options.q_heads) if options.per_head else 1
-    layout = make_layout(
-        pattern,
-        _units.tokens("--tokens", options.tokens),
-        block_size=64 if options.block_size is None else options.block_size,
-        heads=heads,
-        causal=options.causal,
-        density=options.density,
-    )
-    return layout, f"{describe(pattern)}{', causal' if options.causal else ''} (density {layout.density:.4g})"
-
-
-def _refuse(options: argparse.Namespace, why: str, *names: str) -> None:
-    """Raise for an option that was given and would have no effect."""
-    for name in names:
-        if getattr(options, name) not in (None, False):
-            raise ValueError(f"--{name.removeprefix('pattern_').replace('_', '-')}: expected none, {why}")
-
-
-def _query_heads(options: argparse.Namespace, layout: BlockLayout | None) -> int:
-    if options.q_heads is not None:
-        return options.q_heads
-    return layout.heads if layout is not None and layout.heads > 1 else 8
-
-
-def _curve_sizes(options: argparse.Namespace) -> list[int]:
-    if options.scaling is not None:
-        parts = [part.strip() for part in options.scaling.split(",") if part.strip()]
-        if not parts or not all(part.isdigit() and int(part) for part in parts):
-            raise ValueError(f"--scaling: expected world sizes such as 1,2,4, got {options.scaling!r}")
-        return [int(part) for part in parts]
-    world = options.world_size
-    if world < 1:
-        raise ValueError(f"--world-size: expected an integer ≥ 1, got {world}")
-    return sorted({2**i for i in range(world.bit_length()) if 2**i <= world} | {world})
-
-
-def _is_ascii() -> bool:
-    """Whether stdout cannot show the picture's characters."""
+def _is_printable(text: str) -> bool:
     try:
-        "░▒▓█│─┌×…–µ→≤".encode(sys.stdout.encoding or "ascii")
+        text.encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
-        return True
-    return False
+        return False
+    return True
