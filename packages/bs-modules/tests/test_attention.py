@@ -14,7 +14,7 @@ from torch import nn
 
 from bs_modules import BlockSparseAttention, BlockSparseRingDilatedAttention, SparsePatternConfig
 from bs_modules.testing import assert_matches_dense, dense_attention
-from bs_patterns import BlockLayout, Custom, LocalWindow, LongNetSegments, PerHead
+from bs_patterns import BlockLayout, Custom, DilatedSparse, LocalWindow, LongNetSegments, PerHead
 
 
 def inputs(seq=100, heads=4, dim=16, *, keys=None, kv_heads=None, batch=2, dtype=torch.float32, seed=0, grad=False):
@@ -339,3 +339,24 @@ def test_inside_a_model_it_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_compiled_module_takes_prepared_plans_in_one_graph_and_others_with_a_break():
+    q, k, v = inputs(100)
+    eager = BlockSparseRingDilatedAttention(sparse_config=SparsePatternConfig(sparsity_ratio=0.3, block_size=16))
+    prepared = deepcopy(eager)
+    prepared.prepare(100, is_causal=True)
+    whole = torch.compile(prepared, backend="aot_eager", fullgraph=True)
+    broken = torch.compile(deepcopy(eager), backend="aot_eager")
+    for compiled in (whole, broken):
+        torch.testing.assert_close(compiled(q, k, v, is_causal=True), eager(q, k, v, is_causal=True))
+    broken.sparse_config.sparsity_ratio = eager.sparse_config.sparsity_ratio = 0.8
+    torch.testing.assert_close(broken(q, k, v, is_causal=True), eager(q, k, v, is_causal=True))
+
+
+def test_prepare_needs_the_number_of_heads_where_they_differ():
+    pattern = DilatedSparse((2, 4), head_offsets=True)
+    module = BlockSparseRingDilatedAttention(sparse_config=SparsePatternConfig(pattern, block_size=16))
+    with pytest.raises(ValueError, match="num_heads"):
+        module.prepare(128)
+    assert module.prepare(128, num_heads=2).heads == 2

@@ -111,3 +111,14 @@ def test_preset_names():
         get_block_sparse_preset(None)
     with pytest.raises(TypeError, match="windowsize"):
         get_block_sparse_preset("local", windowsize=3)
+
+
+def test_the_densities_in_the_docs_are_the_measured_ones():
+    table = [line.split("|")[1:-1] for line in (get_block_sparse_preset.__doc__ or "").splitlines() if "|" in line]
+    lengths = [int(cell.split()[0].replace(",", "")) for cell in table[0][1:]]
+    assert len(table) > 2 + 4
+    for row in table[2:]:
+        module = get_block_sparse_preset(row[0].split("`")[1])
+        for length, cell in zip(lengths, row[1:], strict=True):
+            told = [float(number) for number in cell.split("/")]
+            assert told == [round(module.layout(length, causal).density, 4) for causal in (False, True)]

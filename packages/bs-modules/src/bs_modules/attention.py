@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from bs_kernels import LayoutPlan, block_sparse_attention
 from bs_patterns import BlockLayout, LongNetSegments
@@ -133,18 +134,32 @@ class BlockSparseAttention(nn.Module):
             return None
         return LongNetSegments(tuple(self.segment_lengths), tuple(self.dilation_rates))
 
-    def prepare(self, seq_len: int | tuple[int, int], is_causal: bool = False) -> BlockLayout:
-        """Builds and caches layout and plan ahead of the first call, outside any compiled graph.
+    def prepare(
+        self, seq_len: int | tuple[int, int], is_causal: bool = False, num_heads: int | None = None
+    ) -> BlockLayout:
+        """Builds and caches layout and plan ahead of the first call; `torch.compile(fullgraph=True)` needs that.
+
+        Call it again after `.to(device)` or a change of the configuration. Without it a compiled model works too, with
+        a graph break at every attention.
 
         Args:
             seq_len: Tokens, or a (query, key) pair.
             is_causal: As in `forward`.
+            num_heads: Query heads; needed only where heads differ and the constructor was not told.
 
         Returns:
-            The layout. Head count matters only where heads differ: give `num_heads` to the constructor there.
+            The layout.
+
+        Raises:
+            ValueError: Heads differ and their number is not known.
         """
-        layout = self.layout(seq_len, is_causal)
-        self._plan(layout, self._anchor.device)
+        heads = num_heads or self.num_heads
+        layout = self.layout(seq_len, is_causal, heads)
+        if heads is None and self.layout(seq_len, is_causal, 2).heads != 1:
+            raise ValueError("num_heads: expected the number of query heads, whose layouts differ, got None")
+        device = self._anchor.device
+        key = (layout.seq_len, bool(is_causal), heads, device, self._fingerprint())
+        self._plans[key] = LayoutPlan.build(layout, None, device, order=self.order)
         return layout
 
     def get_pattern_stats(self, seq_len: int | None = None) -> dict[str, Any]:
@@ -236,10 +251,14 @@ class BlockSparseAttention(nn.Module):
         return (result[0].to(dtype), result[1]) if isinstance(result, tuple) else result.to(dtype)
 
     def _layout_or_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> Any:
-        return self.layout((q.shape[1], k.shape[1]), is_causal, q.shape[2])
-
-    def _plan(self, layout: BlockLayout, device: torch.device) -> Any:
-        return LayoutPlan.build(layout, None, device, order=self.order)
+        lengths, heads = (q.shape[1], k.shape[1]), q.shape[2]
+        if not torch.compiler.is_compiling():
+            return self.layout(lengths, is_causal, heads)
+        for known in (heads, None):
+            key = (lengths, is_causal, known, q.device, self._fingerprint())
+            if key in self._plans:
+                return self._plans[key]
+        return _plan_outside_graph(self, lengths, is_causal, heads, q.device)
 
     def _check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -267,7 +286,7 @@ class BlockSparseAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("_lock", "_layouts"):  # rebuilt on demand; a lock cannot be copied
+        for name in ("_lock", "_layouts", "_plans"):  # rebuilt on demand; a lock cannot be copied
             del state[name]
         return state
 
@@ -278,6 +297,7 @@ class BlockSparseAttention(nn.Module):
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._layouts: OrderedDict[tuple[Any, ...], BlockLayout] = OrderedDict()
+        self._plans: dict[tuple[Any, ...], LayoutPlan] = {}  # by `prepare`, for compiled graphs
 
 
 class BlockSparseRingDilatedAttention(BlockSparseAttention):
@@ -340,6 +360,14 @@ class BlockSparseRingDilatedAttention(BlockSparseAttention):
                 f"block_size: _get_sparse_block_indices speaks of blocks of one size, got (query, key) = {size}"
             )
         return size[0]
+
+
+# Only compiled code calls this one: its first call imports the compiler, which eager users never wait for.
+@_disable_dynamo
+def _plan_outside_graph(
+    module: BlockSparseAttention, lengths: tuple[int, int], is_causal: bool, num_heads: int, device: torch.device
+) -> LayoutPlan:
+    return LayoutPlan.build(module.layout(lengths, is_causal, num_heads), None, device, order=module.order)
 
 
 def _check_segments(
