@@ -172,7 +172,11 @@ def _segments(ids: Any, q: Tensor, lengths: tuple[int, int]) -> tuple[Tensor | N
         if x.shape != (q.shape[0], length):
             raise ValueError(f"segment_ids ({name}): expected [{q.shape[0]}, {length}], got {list(x.shape)}")
         _same_device(f"segment_ids ({name})", x, q)
-        checked.append(x)
+        if x.dtype == torch.int64 and x.numel() and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = x.min().item(), x.max().item()
+            if low < -(2**31) or high >= 2**31:
+                raise ValueError(f"segment_ids ({name}): expected ids that fit int32, got {low} … {high}")
+        checked.append(x.to(torch.int32))
     return checked[0], checked[1]
 
 

@@ -65,6 +65,7 @@ def block_sparse_attention(
             For causal attention also an int W: the W keys up to and including the query's own position.
         key_padding_mask: bool[B, Sk], True = a real token.
         segment_ids: int[B, S], or a (query, key) pair: a query attends only to keys of its own segment.
+            Ids fit int32.
         attn_bias: broadcasts to [B, Hq, Sq, Sk]; bool (True = attend) or floating (added to scaled scores). Read, and
             differentiated, in active blocks only.
         block_bias: [nnz], [Hq, nnz] or [B, Hq, nnz], in the layout's CSR order: one number per active block, added to

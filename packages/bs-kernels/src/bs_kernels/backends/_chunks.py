@@ -7,6 +7,7 @@ row differ only by offsets, so the schedule lists layout rows and a call expands
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,8 +146,12 @@ def _split_rows(counts: np.ndarray, cuts: np.ndarray, starts: np.ndarray, piece_
     return _Pieces(row, order, starts[row] + first, blocks, cut)
 
 
-def _group_pieces(pieces: _Pieces, unit: int, expansions: int, budget: int):
+def _group_pieces(
+    pieces: _Pieces, unit: int, expansions: int, budget: int
+) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
     """Yield (piece indices, expansion range) of every chunk: first pieces before later ones, longest first."""
+    if not expansions:  # an empty batch
+        return
     order = np.lexsort((-pieces.blocks, pieces.cut, pieces.order))
     key = np.stack((pieces.order[order], pieces.cut[order]))
     edges = np.flatnonzero((key[:, 1:] != key[:, :-1]).any(0)) + 1
