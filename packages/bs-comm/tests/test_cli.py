@@ -38,6 +38,15 @@ def test_json_is_the_plan(capsys):
     assert [point["world_size"] for point in got["scaling"]] == [1, 3]
 
 
+def test_nodes_are_counted(capsys):
+    got = record(capsys, *WINDOW, "--ranks-per-node", "2")["node_rows"]
+    plan = ExchangePlan.build(LocalWindow(128).layout(4096, causal=True), 4, kv_heads=8)
+    assert got["within"] + got["across"] == plan.rows.sum()
+    assert 0 < got["across_once"] == got["across"] < got["within"]
+    assert main([*WINDOW, "--ranks-per-node", "2"]) == 0
+    assert "between nodes" in capsys.readouterr().out
+
+
 def test_json_has_no_infinity(capsys):
     assert record(capsys, *WINDOW, "--latency", "1s")["hiding_bandwidth"] is None
 

@@ -91,6 +91,23 @@ def test_the_transposed_plan_takes_everything_home(case):
         assert all((a == b).all() for a, b in zip(home.needs(rank), plan.needs(rank), strict=True))
 
 
+@given(plan_cases(), st.integers(1, 4))
+def test_rows_within_and_across_nodes(case, ranks_per_node):
+    layout, place, kv_place, kv_heads = case
+    plan = ExchangePlan.build(layout, place.world_size, (place, kv_place), kv_heads)
+    within, across, once = 0, 0, set()
+    for s, r, head, block in model_needs(layout, place, kv_place, kv_heads):
+        if s // ranks_per_node == r // ranks_per_node:
+            within += tokens_of(plan, block)
+        else:
+            across += tokens_of(plan, block)
+            once.add((r // ranks_per_node, head, block))
+    got = plan.node_rows(ranks_per_node)
+    assert (got.within, got.across) == (within, across)
+    assert got.across_once == sum(tokens_of(plan, block) for _, _, block in once)
+    assert plan.T.node_rows(ranks_per_node) == got
+
+
 @given(layouts(square=True), st.integers(1, 5), st.sampled_from(["contiguous", "zigzag", "stripe", "cost_balanced"]))
 def test_placements_by_name(layout, world, name):
     plan = ExchangePlan.build(layout, world, name)

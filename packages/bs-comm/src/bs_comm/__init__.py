@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .cost import CostModel, Phase, ScalingPoint, StepTime, hiding_bandwidth, scaling_curve, step_time
 from .health import RingMismatchError, RingPeerError
 from .placement import Placement
-from .plan import ExchangePlan, Traffic
+from .plan import ExchangePlan, NodeRows, Traffic
 
 if TYPE_CHECKING:
     from .hooks import TopKState, compress_gradients, topk_hook
@@ -18,6 +18,7 @@ __all__ = [
     "Arrival",
     "CostModel",
     "ExchangePlan",
+    "NodeRows",
     "PackedRing",
     "Phase",
     "Placement",

@@ -14,7 +14,7 @@ WIRE_VERSION = 1
 #: Words of a header, in all versions.
 _WORDS = 32
 _FIELDS = ("batch", "head_dim", "value_head_dim", "dtype", "wire_dtype", "channel", "serial number of the ring")
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
 
 
 def agree(transport: Transport, digest: str, sizes: Sequence[int | torch.dtype], device: torch.device) -> None:

@@ -213,13 +213,17 @@ def _plan(options: argparse.Namespace, layout: BlockLayout | None, title: str) -
     curve = scaling_curve(plan_of, worlds, model, options.head_dim, **step)
     hiding = hiding_bandwidth(plan, model, options.head_dim, **step)
     if options.json:
-        return json.dumps(plan_record(plan, traffic, time, curve, hiding), allow_nan=False)
+        record = plan_record(plan, traffic, time, curve, hiding, ranks_per_node=options.ranks_per_node)
+        return json.dumps(record, allow_nan=False)
     title = (
         f"{title}, {plan.seq_len[1]:,} tokens over {world:,} ranks, {plan.placement.name}; "
         f"{q_heads} query and {kv_heads} kv heads × {options.head_dim}, {options.dtype}"
     )
     ascii_only = not _is_printable("░▒▓█│┌┐└┘─×…–µ≤")
-    return plan_report(plan, traffic, time, curve, hiding, title=title, width=options.width, ascii_only=ascii_only)
+    return plan_report(
+        plan, traffic, time, curve, hiding,
+        title=title, ranks_per_node=options.ranks_per_node, width=options.width, ascii_only=ascii_only,
+    )  # fmt: skip
 
 
 def _is_printable(text: str) -> bool:

@@ -44,6 +44,22 @@ class Traffic:
     backward_bound: int
 
 
+@dataclass(frozen=True)
+class NodeRows:
+    """(kv head, key token) rows by the kind of link they take.
+
+    Attributes:
+        within: Sent between ranks of one node.
+        across: Sent between nodes by the direct exchange.
+        across_once: What would cross if every node fetched each row once and handed it on inside: what a hierarchical
+            ring saves is ``across − across_once``.
+    """
+
+    within: int
+    across: int
+    across_once: int
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ExchangePlan:
     """What every rank of a ring sends and receives, derived from the layout alone and identical on all ranks.
@@ -183,6 +199,7 @@ class ExchangePlan:
         *,
         batch: int = 1,
         kv_itemsize: int = 2,
+        kv_row_bytes: int = 0,
         grad_itemsize: int = 4,
     ) -> Traffic:
         """Payload bytes between every two ranks.
@@ -192,12 +209,14 @@ class ExchangePlan:
             value_head_dim: Elements of a value row; default ``head_dim``.
             batch: Sequences per step.
             kv_itemsize: Bytes per element of K and V on the wire.
+            kv_row_bytes: Bytes of a K and V row beside its elements, per sequence (scales of a float8 wire).
             grad_itemsize: Bytes per element of dK and dV on the wire.
         """
         width = integer("head_dim", head_dim)
         width += width if value_head_dim is None else integer("value_head_dim", value_head_dim)
-        width *= integer("batch", batch)
-        out, home = width * integer("kv_itemsize", kv_itemsize), width * integer("grad_itemsize", grad_itemsize)
+        batch = integer("batch", batch)
+        out = batch * (width * integer("kv_itemsize", kv_itemsize) + integer("kv_row_bytes", kv_row_bytes, low=0))
+        home = batch * width * integer("grad_itemsize", grad_itemsize)
         forward = self.rows.T if self.is_transposed else self.rows
         bound = int(self.needed_rows.sum())
         return Traffic(forward * out, forward.T * home, bound * out, bound * home)
@@ -218,6 +237,24 @@ class ExchangePlan:
     def row_imbalance(self) -> float:
         """Rows sent or received by the busiest rank over the mean, ≥ 1 (1.0 when nothing moves)."""
         return max(_imbalance(self.rows.sum(0)), _imbalance(self.rows.sum(1)))
+
+    def node_rows(self, ranks_per_node: int) -> NodeRows:
+        """Count what stays inside nodes and what crosses between them.
+
+        Args:
+            ranks_per_node: Consecutive ranks that share a node.
+        """
+        plan = self.T if self.is_transposed else self
+        node = np.arange(self.world_size) // integer("ranks_per_node", ranks_per_node)
+        apart = node[:, None] != node
+        needs, blocks = plan._needs, -(-self.seq_len[1] // self.block_size[1])
+        pair = np.repeat(np.arange(self.world_size**2), np.diff(needs.pair_start))
+        crossing = apart.ravel()[pair]
+        # An item has one owner, so (receiving node, item) says it all.
+        items = np.unique(node[pair[crossing] % self.world_size] * (blocks * self._groups) + needs.items[crossing])
+        tokens = block_tokens(self.seq_len[1], self.block_size[1])[items % blocks]
+        once = int(tokens.sum()) * (self.kv_heads // self._groups)
+        return NodeRows(int(plan.rows[~apart].sum()), int(plan.rows[apart].sum()), once)
 
     # ------------------------------------------------------------------ transfers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ def plan_report(
     hiding: float,
     *,
     title: str,
+    ranks_per_node: int | None = None,
     width: int = 64,
     ascii_only: bool = False,
 ) -> str:
@@ -41,17 +43,24 @@ def plan_report(
         curve: Its scaling curve, possibly empty.
         hiding: From `hiding_bandwidth`.
         title: First line.
+        ranks_per_node: Count what crosses between nodes.
         width: Widest picture, in characters.
         ascii_only: Use no characters beyond ASCII.
     """
-    parts = [title, _summary(plan, traffic), _steps(plan, traffic), _picture(plan, width, ascii_only)]
+    parts = [title, _summary(plan, traffic, ranks_per_node), _steps(plan, traffic), _picture(plan, width, ascii_only)]
     parts += [_times(time, hiding), *([_scaling(curve)] if curve else [])]
     text = "\n\n".join(parts)
     return text.translate(_ASCII) if ascii_only else text
 
 
 def plan_record(
-    plan: ExchangePlan, traffic: Traffic, time: StepTime, curve: Sequence[ScalingPoint], hiding: float
+    plan: ExchangePlan,
+    traffic: Traffic,
+    time: StepTime,
+    curve: Sequence[ScalingPoint],
+    hiding: float,
+    *,
+    ranks_per_node: int | None = None,
 ) -> dict[str, Any]:
     """The same as numbers, for JSON: bytes, seconds; infinite bandwidth is None."""
 
@@ -81,6 +90,7 @@ def plan_record(
         "backward_bytes": int(traffic.backward.sum()),
         "backward_bound_bytes": traffic.backward_bound,
         "share_of_dense_ring": _share(plan),
+        "node_rows": None if ranks_per_node is None else asdict(plan.node_rows(ranks_per_node)),
         "forward_bytes_by_pair": traffic.forward.tolist(),
         "time": step(time),
         "hiding_bandwidth": None if np.isinf(hiding) else hiding,
@@ -100,7 +110,7 @@ def _range(values: NDArray[np.int64]) -> str:
     return f"{low:,}" if low == high else f"{low:,} – {high:,}"
 
 
-def _summary(plan: ExchangePlan, traffic: Traffic) -> str:
+def _summary(plan: ExchangePlan, traffic: Traffic, ranks_per_node: int | None) -> str:
     def moved(matrix: NDArray[np.int64], bound: int) -> str:
         sent, got = int(matrix.sum(1).max()), int(matrix.sum(0).max())
         return (
@@ -120,6 +130,11 @@ def _summary(plan: ExchangePlan, traffic: Traffic) -> str:
         ("receive buffers", f"2 × {show_bytes(largest)} at most, per rank"),
         ("steps", f"{plan.num_steps} (a dense ring takes {plan.world_size - 1})"),
     ]  # fmt: skip
+    if ranks_per_node is not None:
+        node = plan.node_rows(ranks_per_node)
+        all_rows = max(1, int(plan.rows.sum()))
+        crossing, once = node.across / all_rows, node.across_once / all_rows
+        rows.append(("between nodes", f"{crossing:.1%} of the traffic; {once:.1%} if a node fetched each block once"))
     return _aligned(rows)
 
 

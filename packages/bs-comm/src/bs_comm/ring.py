@@ -22,12 +22,12 @@ from torch import Tensor
 from bs_memory import BufferPool, default_pool
 from bs_patterns import BlockLayout
 
-from ._check import integer, positive
+from ._check import boolean, integer, positive
 from ._header import agree
 from .health import Health, Report, RingMismatchError, RingPeerError
 from .plan import ExchangePlan, Traffic
 from .transport import CHANNELS, GRAD, KV, Hop, HopFailed, Transport
-from .wire import RowSet, StepWire, wires_of
+from .wire import FLOAT8, RowSet, StepWire, wires_of
 
 Int64 = NDArray[np.int64]
 
@@ -70,6 +70,8 @@ class Arrival:
 
 #: Forward: use the arrival. Backward: return (dk, dv) of its shapes, in the ring's ``grad_dtype``.
 OnArrival = Callable[[Arrival], Any]
+#: (k, v) of each arrival by step.
+Kept = dict[int, tuple[Tensor, Tensor]]
 
 
 class PackedRing:
@@ -89,7 +91,8 @@ class PackedRing:
         device: Of K and V.
         group: Process group; default the default group. Not needed for one rank.
         pool: Where buffers are leased; default `bs_memory.default_pool()`.
-        wire_dtype: Send K and V in this dtype instead (bfloat16 or float16: half the bytes of float32, rounded once).
+        wire_dtype: Send K and V in this dtype instead, rounded once: bfloat16 or float16, half the bytes of float32; or
+            float8_e4m3fn, with a float32 scale for each row of K and of V, a quarter and a little.
         hop_timeout: Seconds that one transfer may take before the ring is given up.
         channel: Tells rings of one group apart that run in different threads; gloo needs a channel per thread, NCCL a
             group per thread.
@@ -128,7 +131,9 @@ class PackedRing:
         key_dim = integer("head_dim", head_dim)
         self._dims = (key_dim, key_dim if value_head_dim is None else integer("value_head_dim", value_head_dim))
         self._dtype = _floating("dtype", dtype)
-        self._wire_dtype = dtype if wire_dtype is None else _floating("wire_dtype", wire_dtype)
+        self._wire_dtype = dtype if wire_dtype is None else _floating("wire_dtype", wire_dtype, FLOAT8)
+        # A scale for the row of K and one for that of V.
+        self._row_bytes = 2 * torch.float32.itemsize if wire_dtype == FLOAT8 else 0
         self.grad_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._device = torch.device(device)
         self._timeout = positive("hop_timeout", hop_timeout)
@@ -136,7 +141,7 @@ class PackedRing:
         self.rank, self._group = _membership(group, plan.world_size)
         self.traffic: Traffic = plan.traffic(
             head_dim, self._dims[1], batch=batch, kv_itemsize=self._wire_dtype.itemsize,
-            grad_itemsize=self.grad_dtype.itemsize,
+            kv_row_bytes=self._row_bytes, grad_itemsize=self.grad_dtype.itemsize,
         )  # fmt: skip
         self._in_use = threading.Lock()
         self._failure: RingPeerError | None = None
@@ -155,30 +160,46 @@ class PackedRing:
     # ------------------------------------------------------------------ the two passes
 
     @torch.no_grad()
-    def forward(self, k: Tensor, v: Tensor, on_arrival: OnArrival) -> None:
+    def forward(self, k: Tensor, v: Tensor, on_arrival: OnArrival, *, keep: bool = False) -> Kept | None:
         """Show every key block that this rank's queries read to ``on_arrival``, own blocks first, then step by step.
 
         Args:
             k: ``[B, S, H, D]``, this rank's shard in the order of `Placement.positions`.
             v: ``[B, S, H, E]``.
             on_arrival: Called once per arrival that holds something to read; not called for empty ones.
+            keep: Return copies of what came in, so that `backward` need not fetch it again: memory for bytes. The same
+                on every rank.
+
+        Returns:
+            What came in, with ``keep``; else None.
 
         Raises:
             RingPeerError: A peer failed; on every survivor, also on those that have seen all their arrivals.
             ValueError: Tensors of another shape, dtype or device than the ring was made for.
         """
         k, v = self._operand("k", k, 0), self._operand("v", v, 1)
+        came: Kept | None = {} if boolean("keep", keep) else None
+
+        def show(arrival: Arrival) -> None:
+            if came is not None and arrival.step:
+                came[arrival.step] = (arrival.k.clone(), arrival.v.clone())
+            on_arrival(arrival)
+
         with self._call("forward"):
-            self._exchange("forward", k, v, on_arrival, None)
+            self._exchange("forward", k, v, show, None, None)
+        return came
 
     @torch.no_grad()
-    def backward(self, k: Tensor, v: Tensor, on_arrival: OnArrival) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, k: Tensor, v: Tensor, on_arrival: OnArrival, *, kept: Kept | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Show every arrival again, and bring the gradients that ``on_arrival`` returns home to the owners.
 
         Args:
             k: ``[B, S, H, D]``, as in `forward`.
             v: ``[B, S, H, E]``.
             on_arrival: Returns (dk ``[B, T, H, D]``, dv ``[B, T, H, E]``) in ``grad_dtype`` for the arrival.
+            kept: What `forward` returned with ``keep``: only gradients travel then. All ranks give it, or none.
 
         Returns:
             (dk ``[B, S, H, D]``, dv ``[B, S, H, E]``) in ``grad_dtype``: own share first, then the peers' in step
@@ -189,20 +210,29 @@ class PackedRing:
             ValueError: As in `forward`, or gradients of another shape or dtype.
         """
         k, v = self._operand("k", k, 0), self._operand("v", v, 1)
+        came = [wire.step for wire in self._wires if wire.receive is not None]
+        if kept is not None and sorted(kept) != came:
+            raise ValueError(f"kept: expected arrivals of steps {came}, as forward returned them, got {sorted(kept)}")
         grads = tuple(torch.zeros(x.shape, dtype=self.grad_dtype, device=self._device) for x in (k, v))
         with self._call("backward"):
-            self._exchange("backward", k, v, on_arrival, (grads[0], grads[1]))
+            self._exchange("backward", k, v, on_arrival, (grads[0], grads[1]), kept)
         return grads[0], grads[1]
 
     def _exchange(
-        self, phase: str, k: Tensor, v: Tensor, on_arrival: OnArrival, home: tuple[Tensor, Tensor] | None
+        self,
+        phase: str,
+        k: Tensor,
+        v: Tensor,
+        on_arrival: OnArrival,
+        home: tuple[Tensor, Tensor] | None,
+        kept: Kept | None,
     ) -> None:
-        """Run all steps. With ``home``, gradients are collected there."""
+        """Run all steps. With ``home``, gradients are collected there; with ``kept``, nothing is fetched."""
         fetched: dict[int, tuple[Hop | None, Hop | None]] = {}
         returned: dict[int, tuple[Hop | None, Hop | None]] = {}
         steps = len(self._wires) - 1
         for step in (1, 2):
-            if step <= steps:
+            if step <= steps and kept is None:
                 fetched[step] = self._fetch(step, k, v)
         if self._reads(0):
             shares = on_arrival(self._arrival(0, k, v))
@@ -210,11 +240,11 @@ class PackedRing:
                 for total, share in zip(home, self._gradients(shares, k, v), strict=True):
                     total.add_(share)
         for step in range(1, steps + 1):
-            got, put = fetched.pop(step)
+            got, put = fetched.pop(step, (None, None))
             self._transport.wait(got, phase)
             shares = None
-            if got is not None:
-                arrived = self._unpack(step)
+            if self._wires[step].receive is not None:
+                arrived = self._unpack(step) if kept is None else kept[step]
                 shares = on_arrival(self._arrival(step, *arrived))
                 if home is not None:
                     shares = self._gradients(shares, *arrived)
@@ -222,12 +252,12 @@ class PackedRing:
                 self._welcome(step - 2, returned, home)
                 returned[step] = self._send_home(step, shares)
             self._transport.wait(put, phase)
-            if step + 2 <= steps:
+            if step + 2 <= steps and kept is None:
                 fetched[step + 2] = self._fetch(step + 2, k, v)
         if home is not None:
             self._welcome(steps - 1, returned, home)
             self._welcome(steps, returned, home)
-        self._commit(phase)
+        self._commit(phase, kept is not None)
 
     def _fetch(self, step: int, k: Tensor, v: Tensor) -> tuple[Hop | None, Hop | None]:
         """Pack and post the way out of a step."""
@@ -235,8 +265,12 @@ class PackedRing:
         send = receive = None
         if wire.send is not None:
             buffer = self._message("send", step, wire.send)
-            for rows, source in zip(self._parts(buffer, wire.send, self._wire_dtype), (k, v), strict=True):
-                wire.send.take(source, rows)
+            rows, scales = self._kv_parts(buffer, wire.send)
+            for i, source in enumerate((k, v)):
+                if scales is None:
+                    wire.send.take(source, rows[i])
+                else:
+                    wire.send.take_scaled(source, rows[i], scales[i])
             send = (wire.send.peer, buffer)
         if wire.receive is not None:
             receive = (wire.receive.peer, self._message("receive", step, wire.receive))
@@ -246,7 +280,9 @@ class PackedRing:
         """What the step brought, as ``[B, T, H, ·]`` twice."""
         wire = self._wires[step]
         assert wire.receive is not None
-        parts = self._parts(self._message("receive", step, wire.receive), wire.receive, self._wire_dtype)
+        parts, scales = self._kv_parts(self._message("receive", step, wire.receive), wire.receive)
+        if scales is not None:
+            parts = tuple(rows.float() * scale[..., None] for rows, scale in zip(parts, scales, strict=True))
         shape = (self._batch, wire.tokens, self.plan.kv_heads)
         if wire.receive.index is None and self._wire_dtype == self._dtype:
             return parts[0].view(*shape, self._dims[0]), parts[1].view(*shape, self._dims[1])
@@ -284,41 +320,50 @@ class PackedRing:
                 wire.send.add(rows, total)
         self._transport.wait(put, "backward")
 
-    def _commit(self, phase: str) -> None:
+    def _commit(self, phase: str, is_kept: bool) -> None:
         """Return only once every rank has finished: all have the result, or all raise."""
         self._calls += 1
         if self.plan.world_size > 1:
-            word = torch.tensor([self._calls * 2 + (phase == "backward")], device=self._device)
+            word = torch.tensor([self._calls, phase == "backward", is_kept], device=self._device)
             words = self._transport.gather(word, "commit")
             if not bool((words == word).all()):
                 raise RuntimeError(
-                    f"{phase}: expected every rank to make the same calls in the same order, got call·2 + backward = "
-                    f"{words.flatten().tolist()}"
+                    f"{phase}: expected every rank to make the same calls in the same order, got (number of the call, "
+                    f"backward, kept) = {words.tolist()}"
                 )
 
     # ------------------------------------------------------------------ buffers
 
     def _lease_buffers(self, pool: BufferPool) -> None:
         """Two buffers per direction and kind, each as large as its largest step needs."""
-        kv, grad = self._wire_dtype.itemsize, self.grad_dtype.itemsize
-        width = self._batch * sum(self._dims)
         sizes: dict[str, int] = {}
         for wire in self._wires[1:]:
             for rows, out, home in ((wire.send, "send", "grad_receive"), (wire.receive, "receive", "grad_send")):
                 if rows is not None:
-                    for name, itemsize in ((out, kv), (home, grad)):
+                    for name, dtype in ((out, None), (home, self.grad_dtype)):
                         key = f"{name}{wire.step % 2}"
-                        sizes[key] = max(sizes.get(key, 0), rows.count * width * itemsize)
+                        sizes[key] = max(sizes.get(key, 0), self._message_bytes(rows, dtype))
             if wire.receive is not None and (wire.receive.index is not None or self._wire_dtype != self._dtype):
-                needed = wire.tokens * self.plan.kv_heads * width * self._dtype.itemsize
+                width = self._batch * sum(self._dims) * self._dtype.itemsize
+                needed = wire.tokens * self.plan.kv_heads * width
                 sizes["arrival"] = max(sizes.get("arrival", 0), needed)
         self._leases = {name: pool.lease((n,), torch.uint8, self._device) for name, n in sizes.items()}
         self._buffers = {name: lease.tensor for name, lease in self._leases.items()}
 
     def _message(self, name: str, step: int, rows: RowSet, dtype: torch.dtype | None = None) -> Tensor:
         """The bytes of a step's message within the buffer of its parity."""
-        itemsize = (dtype or self._wire_dtype).itemsize
-        return self._buffers[f"{name}{step % 2}"][: rows.count * self._batch * sum(self._dims) * itemsize]
+        return self._buffers[f"{name}{step % 2}"][: self._message_bytes(rows, dtype)]
+
+    def _message_bytes(self, rows: RowSet, dtype: torch.dtype | None) -> int:
+        """Bytes of a gradient message of a dtype, or with None of K and V."""
+        row = sum(self._dims) * self._wire_dtype.itemsize + self._row_bytes
+        return rows.count * self._batch * (row if dtype is None else sum(self._dims) * dtype.itemsize)
+
+    def _kv_parts(self, buffer: Tensor, rows: RowSet) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """K and V of a message, and before them, on a float8 wire, their scales ``float32[2, B, R]``."""
+        head = rows.count * self._batch * self._row_bytes
+        scales = buffer[:head].view(torch.float32).view(2, self._batch, rows.count) if head else None
+        return self._parts(buffer[head:], rows, self._wire_dtype), scales
 
     def _parts(self, buffer: Tensor, rows: RowSet, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The K and the V part of a message: ``[B, R, D]`` and ``[B, R, E]``."""
@@ -439,11 +484,12 @@ class PackedRing:
         return self._transport.wait_seconds
 
 
-def _floating(name: str, dtype: Any) -> torch.dtype:
+def _floating(name: str, dtype: Any, *more: torch.dtype) -> torch.dtype:
+    known = (torch.float64, torch.float32, torch.float16, torch.bfloat16, *more)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name}: expected a torch.dtype, got {dtype!r}")
-    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{name}: expected float64, float32, float16 or bfloat16, got {dtype}")
+    if dtype not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {dtype}")
     return dtype
 
 

@@ -24,6 +24,11 @@ from .plan import ExchangePlan
 Int64 = NDArray[np.int64]
 
 
+#: Narrow enough to need a scale for each row, which travels with it.
+FLOAT8 = torch.float8_e4m3fn
+_FLOAT8_MAX = torch.finfo(FLOAT8).max
+
+
 @dataclass(frozen=True)
 class RowSet:
     """The rows of one message within a ``[B, tokens, H, ·]`` tensor at one end.
@@ -47,6 +52,14 @@ class RowSet:
             torch.index_select(flat, 1, self.index, out=out)
         else:
             out.copy_(flat.index_select(1, self.index))
+
+    def take_scaled(self, source: Tensor, out: Tensor, scales: Tensor) -> None:
+        """Like `take`, into float8 ``out[B, R, D]`` and ``scales[B, R]``: each row's largest element becomes 448."""
+        flat = source.flatten(1, 2)
+        picked = (flat if self.index is None else flat.index_select(1, self.index)).float()
+        top = picked.abs().amax(-1)
+        scales.copy_(torch.where(top > 0, top / _FLOAT8_MAX, 1.0))
+        out.copy_(picked / scales[..., None])
 
     def put(self, rows: Tensor, into: Tensor) -> None:
         """Write ``rows[B, R, D]`` to their places in ``into[B, tokens, H, D]``; other places become 0."""
