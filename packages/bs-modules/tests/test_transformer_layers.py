@@ -193,10 +193,25 @@ def test_from_multihead_rejects_other_modules():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
-def test_compiles():
+def test_compiles_with_weights():
     sparse = Multihead(8, 2, batch_first=True, sparse_config=dict(LOCAL))
     x = torch.randn(2, 12, 8)
-    compiled = torch.compile(sparse, backend="eager")
-    for need_weights in (False, True):
-        want, got = (m(x, x, x, need_weights=need_weights) for m in (sparse, compiled))
-        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.compile(sparse, backend="eager")(x, x, x), sparse(x, x, x))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_compiles_into_one_graph_when_prepared(is_causal):
+    sparse = Multihead(8, 2, batch_first=True, add_bias_kv=True, sparse_config=dict(LOCAL))
+    sparse.prepare(12, is_causal)
+    x = torch.randn(2, 12, 8)
+    call = {
+        "key_padding_mask": torch.tensor([[False] * 12, [False] * 9 + [True] * 3]),
+        "attn_mask": torch.rand(12, 12) < 0.2,
+        "need_weights": False,
+        "is_causal": is_causal,
+    }
+    want = sparse(x, x, x, **call)[0]
+    got = torch.compile(sparse, backend="aot_eager", fullgraph=True)(x, x, x, **call)[0]
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(out.square().sum(), sparse.in_proj_weight)[0] for out in (want, got)]
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from bs_patterns import BlockLayout
@@ -140,7 +141,6 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         # The containers of parameters and children are the twin's own; what they hold is shared.
         twin.__dict__.update({name: state[name].copy() for name in ("_parameters", "_buffers", "_modules")})
         twin._attach(attention, **{**_INNER_DEFAULTS, **sparse})
-        twin.attention.train(module.training)
         return twin
 
     def _attach(self, attention: nn.Module | None, **arguments: Any) -> None:
@@ -154,7 +154,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             )
         else:
             _check_attention(attention, self.num_heads, self.dropout, arguments)
-        self.attention = attention
+        self.attention = attention.train(self.training)
         # nn.TransformerEncoderLayer in eval mode without gradients takes the weights and calls a fused dense operator
         # instead of this module, unless this says that they are not packed.
         self._qkv_same_embed_dim = False
@@ -280,11 +280,9 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             inner = self._inner_dropout()
             if getattr(self.attention, "dropout", inner) != inner:
                 self.attention.dropout = inner
-            wanted: dict[str, Any] = (
-                masks.arguments() if appended is None else {**masks.arguments(), "return_lse": True}
-            )
-            out = self.attention(q, k, v, masks.causal, **wanted)
-            out, lse = (out, out) if appended is None else out
+            more = {} if appended is None else {"return_lse": True}
+            out = self.attention(q, k, v, masks.causal, **masks.arguments(), **more)
+            out, lse = (out, out) if appended is None else out  # without appended keys nothing reads lse
         if dropout == 1:
             out = out * 0
         return out if appended is None else append_keys(out, lse, q, *appended, scale=self._scale(), dropout=dropout)
@@ -295,8 +293,8 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         if _empty(q, k):
             visible = torch.zeros(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
         elif _is_static(self.attention):
-            layout = self.attention.layout((q.shape[1], k.shape[1]), masks.causal, self.num_heads)
-            visible = torch.from_numpy(layout.token_mask()).to(q.device)
+            token_mask = _token_mask_outside_graph if torch.compiler.is_compiling() else _token_mask
+            visible = token_mask(self.attention, (q.shape[1], k.shape[1]), masks.causal, self.num_heads).to(q.device)
         else:
             wide, appended = unit_values(v, appended)
             out = self._attend(q, k, wide, masks, appended)
@@ -329,12 +327,20 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         return self.attention.layout(seq_len, is_causal, self.num_heads)
 
     def prepare(self, seq_len: int | tuple[int, int], is_causal: bool = False) -> BlockLayout:
-        """Builds layout and plan ahead of the first call; see `BlockSparseAttention.prepare`."""
-        return self.attention.prepare(seq_len, is_causal)
+        """Builds layout and plan ahead of a compiled call; see `BlockSparseAttention.prepare`."""
+        return self.attention.prepare(seq_len, is_causal, self.num_heads)
 
     def get_pattern_stats(self, seq_len: int | None = None) -> dict[str, Any]:
         """Figures of the layout; see `BlockSparseAttention.get_pattern_stats`."""
         return self.attention.get_pattern_stats(seq_len)
+
+
+def _token_mask(attention: BlockSparseAttention, lengths: tuple[int, int], is_causal: bool, num_heads: int) -> Tensor:
+    return torch.from_numpy(attention.layout(lengths, is_causal, num_heads).token_mask())
+
+
+# For compiled code only: its first call imports the compiler, which eager users never wait for.
+_token_mask_outside_graph = _disable_dynamo(_token_mask)
 
 
 def _empty(q: Tensor, k: Tensor) -> bool:
