@@ -182,13 +182,11 @@ class Backward {
         const long left = c_.q_bounds[i + 1] - q0;
         load_tile(s.tiles[used++], b, h, i, q0, left < L ? left : L, s.scratch);
       }
-      for (long x = c_.row_begin[r]; x < c_.row_end[r]; ++x) {
-        const long j = c_.indices[x], size = layout_.kv_size(j);
-        for (long offset = 0; offset < size; offset += kKeys)
-          for (int t = 0; t < used; ++t)
-            visit<wants>(s.tiles[t], kv_head, {j, offset, size - offset < kKeys ? size - offset : kKeys}, s,
-                         s.dk + c_.kv_bounds[j] * d_pad_, s.dv + c_.kv_bounds[j] * v_pad_);
-      }
+      for (long x = c_.row_begin[r]; x < c_.row_end[r]; ++x)
+        each_piece(c_, x, [&](const Keys& keys) {
+          const long token = c_.kv_bounds[keys.block];
+          for (int t = 0; t < used; ++t) visit<wants>(s.tiles[t], kv_head, keys, s, s.dk + token * d_pad_, s.dv + token * v_pad_);
+        });
       for (int t = 0; t < used; ++t) store_queries(s.tiles[t], s.scratch);
     }
   }
@@ -221,8 +219,7 @@ class Backward {
         for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1]; q0 += L) {
           const long left = c_.q_bounds[i + 1] - q0;
           load_tile(s.tiles[0], b, h, i, q0, left < L ? left : L, s.scratch);
-          for (long offset = 0; offset < size; offset += kKeys)
-            visit<Wants::Keys>(s.tiles[0], kv_head, {j, offset, size - offset < kKeys ? size - offset : kKeys}, s, s.dk, s.dv);
+          each_piece(c_, c_.t_slots[y], [&](const Keys& keys) { visit<Wants::Keys>(s.tiles[0], kv_head, keys, s, s.dk, s.dv); });
         }
       }
     }
@@ -244,13 +241,17 @@ class Backward {
     if (!clip<V>(c_, info_, t, keys, mask)) return;
     const long rows = keys.count, even = round_up(rows, V::PAIR);
     product<V, MV, Walk::Rows, Into::Score>(rows, units<V>(c_.dim), keys_.block(t.b, kv_head, keys.block, keys.offset),
-                                            keys_.row_bytes(), t.query_panel, lanes, s.scores, lanes, c_.scale, s.peak);
+                                            keys_.row_bytes(), t.query_panel, lanes, s.scores, lanes, c_.scale,
+                                            bias_of(c_, t.b, t.h, keys.slot), s.peak);
     if (mask.any()) mask_scores<V, MV>(s.scores, rows, mask, s.peak);
     product<V, MV, Walk::Rows, Into::Set>(rows, units<V>(c_.v_dim), values_.block(t.b, kv_head, keys.block, keys.offset),
                                           values_.row_bytes(), t.dout_panel, lanes, s.dscores, lanes);
     if (even > rows)
       for (long l = 0; l < lanes; ++l) s.scores[rows * lanes + l] = -kInf, s.dscores[rows * lanes + l] = 0.f;
-    score_gradients<MV>(t, even, s);
+    if (wants != Wants::Keys && c_.dblock_bias)
+      c_.dblock_bias[(t.b * c_.q_heads + t.h) * c_.bias_entries + c_.entries[keys.slot]] += score_gradients<MV, true>(t, even, s);
+    else
+      score_gradients<MV, false>(t, even, s);
 
     const float* p = V::PAIR == 2 ? s.p_rows : s.scores;
     const float* ds = V::PAIR == 2 ? s.ds_rows : s.dscores;
@@ -273,10 +274,11 @@ class Backward {
     }
   }
 
-  // scores -> P, dscores -> dS; for PAIR 2 as bf16 rows, and dS also as interleaved pairs of keys.
-  template <int MV>
-  __attribute__((noinline)) void score_gradients(const Tile& t, long rows, Space& s) const {
+  // scores -> P, dscores -> dS; for PAIR 2 as bf16 rows, and dS also as interleaved pairs of keys. Returns the sum of dS.
+  template <int MV, bool sums>
+  __attribute__((noinline)) float score_gradients(const Tile& t, long rows, Space& s) const {
     constexpr long lanes = MV * V::W;
+    typename V::f total = V::all(0.f);
     for (int j = 0; j < MV; ++j) {
       const typename V::f lse = V::load(t.lse + j * V::W), delta = V::load(t.delta + j * V::W);
       if constexpr (V::PAIR == 1) {
@@ -284,7 +286,9 @@ class Backward {
           const long x = n * lanes + j * V::W;
           const typename V::f p = exp<V>(V::sub(V::load(s.scores + x), lse));
           V::store(s.scores + x, p);
-          V::store(s.dscores + x, V::mul(p, V::sub(V::load(s.dscores + x), delta)));
+          const typename V::f d = V::mul(p, V::sub(V::load(s.dscores + x), delta));
+          V::store(s.dscores + x, d);
+          if (sums) total = V::add(total, d);
         }
       } else {
         for (long n = 0; n < rows; n += 2) {
@@ -298,9 +302,14 @@ class Backward {
           V::store_bf16(s.ds_rows + x / 2, d0);
           V::store_bf16(s.ds_rows + y / 2, d1);
           V::store(s.ds_pairs + n / 2 * lanes + j * V::W, V::pair(d0, d1));
+          if (sums) total = V::add(total, V::add(d0, d1));
         }
       }
     }
+    float lane[V::W], sum = 0.f;
+    V::store(lane, total);
+    for (float x : lane) sum += x;
+    return sum;
   }
 
   const bsa_call& c_;

@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 2
+#define BSA_ABI_VERSION 3
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
 enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
@@ -31,7 +31,7 @@ typedef struct {
 
   // The plan: see bs_kernels.LayoutPlan, whose names these are. `layouts` and `layout_heads` are 1 when shared.
   int64_t layouts, layout_heads, q_blocks, kv_blocks;
-  const int32_t *row_begin, *row_end, *indices, *col_begin, *col_end, *t_rows, *row_order, *col_order;
+  const int32_t *row_begin, *row_end, *indices, *entries, *col_begin, *col_end, *t_rows, *t_slots, *row_order, *col_order;
   const int32_t *q_bounds, *kv_bounds, *q_start, *kv_start;
   int64_t band_lo, band_hi;  // a pair is kept iff band_lo <= key position - query position <= band_hi
 
@@ -41,6 +41,9 @@ typedef struct {
   const int32_t *kv_segments;    // [batch, kv_len]
   const float* sinks;            // [q_heads]
   const int32_t* page_table;     // [batch, kv_blocks]; then the batch stride of k and v is the page stride
+  const float* block_bias;       // added to the scores of slot s: block_bias[b * bias_batch + h * bias_head + entries[s]]
+  float* dblock_bias;            // [batch, q_heads, bias_entries], zeroed by the caller; null when not wanted
+  int64_t bias_batch, bias_head, bias_entries;
 
   bsa_tensor q, k, v, out, dout, dq, dk, dv;
   float* lse;                    // [batch, q_heads, q_len]; written by forward, read by backward

@@ -113,18 +113,15 @@ class Forward {
     }
 
     const long row = layout_.row(t.b, t.h, t.row), kv_head = t.h / layout_.group();
-    for (long s = c_.row_begin[row]; s < c_.row_end[row]; ++s) {
-      const long j = c_.indices[s], size = layout_.kv_size(j);
-      for (long offset = 0; offset < size; offset += kKeys) {
-        const Keys keys{j, offset, size - offset < kKeys ? size - offset : kKeys};
+    for (long s = c_.row_begin[row]; s < c_.row_end[row]; ++s)
+      each_piece(c_, s, [&](const Keys& keys) {
         for (int x = 0; x < used; ++x) {
           if (tiles[x].vectors == 2)
             visit<2>(tiles[x], kv_head, keys, scores, peak);
           else
             visit<1>(tiles[x], kv_head, keys, scores, peak);
         }
-      }
-    }
+      });
     for (int x = 0; x < used; ++x) finish(tiles[x], scratch);
   }
 
@@ -135,7 +132,8 @@ class Forward {
     if (!clip<V>(c_, info_, tile, keys, mask)) return;
     for (long l = 0; l < lanes; ++l) peak[l] = -kInf;
     product<V, MV, Walk::Rows, Into::Score>(keys.count, depth_, keys_.block(tile.b, kv_head, keys.block, keys.offset),
-                                            keys_.row_bytes(), tile.panel, lanes, scores, lanes, c_.scale, peak);
+                                            keys_.row_bytes(), tile.panel, lanes, scores, lanes, c_.scale, bias_of(c_, tile.b, tile.h, keys.slot),
+                                            peak);
     if (mask.any()) mask_scores<V, MV>(scores, keys.count, mask, peak);
     long rows = keys.count;
     if (V::PAIR == 2 && (rows & 1)) {

@@ -58,6 +58,13 @@ struct Layout {
   bool shared() const { return c.layouts * c.layout_heads == 1; }
   long q_size(long i) const { return c.q_bounds[i + 1] - c.q_bounds[i]; }
   long kv_size(long j) const { return c.kv_bounds[j + 1] - c.kv_bounds[j]; }
+  // How many queries read a key, on average.
+  long queries_per_key() const {
+    const long heads = c.layouts * c.layout_heads;
+    long slots = 0;
+    for (long r = 0; r < heads * c.q_blocks; ++r) slots += c.row_end[r] - c.row_begin[r];
+    return c.q_blocks && c.kv_blocks ? slots * (c.q_len / c.q_blocks) * group() / (heads * c.kv_blocks) : 0;
+  }
   bool referenced(long b, long kv_head, long j) const {
     const long g = c.layout_heads == 1 ? 1 : group();
     for (long h = kv_head * g; h < kv_head * g + g; ++h) {
@@ -91,7 +98,9 @@ class Operand {
   };
   Operand(const bsa_call& call, const bsa_tensor& tensor, long n, Form form)
       : c_(call), t_(tensor), n_(n), paired_(form == Paired && V::PAIR == 2) {
-    const bool in_place = V::PAIR == 2 ? !paired_ && n % 2 == 0 : c_.dtype == BSA_F32;
+    // Rows that lie far apart share few cache sets, so f32 rows are packed too unless each is read only a few times.
+    const bool near = t_.token == n || Layout(c_).queries_per_key() < 256;
+    const bool in_place = V::PAIR == 2 ? !paired_ && n % 2 == 0 : c_.dtype == BSA_F32 && near;
     packed_ = !in_place;
     ld_ = packed_ ? (paired_ ? n : units<V>(n)) : 0;
   }
@@ -195,10 +204,21 @@ struct Queries {
   }
 };
 
-// Keys [offset, offset + count) of key block j, within reach of some query of a tile.
+// Keys [offset, offset + count) of the key block of a slot, within reach of some query of a tile.
 struct Keys {
-  long block, offset, count;
+  long slot, block, offset, count;
 };
+
+// Calls f(keys) for every piece of at most kKeys keys of slot s, in order.
+template <class F>
+BSA_INLINE void each_piece(const bsa_call& c, long s, const F& f) {
+  const long j = c.indices[s], size = c.kv_bounds[j + 1] - c.kv_bounds[j];
+  for (long offset = 0; offset < size; offset += kKeys) f(Keys{s, j, offset, size - offset < kKeys ? size - offset : kKeys});
+}
+
+inline float bias_of(const bsa_call& c, long b, long h, long slot) {
+  return c.block_bias ? c.block_bias[b * c.bias_batch + h * c.bias_head + c.entries[slot]] : 0.f;
+}
 
 // Cuts `keys` down to what the band leaves for some query; false when nothing is left. Pairs stay whole.
 template <class V>

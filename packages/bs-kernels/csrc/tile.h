@@ -16,7 +16,7 @@ enum class Walk { Rows, Columns };
 enum class Into {
   Add,    // C += sum
   Set,    // C = sum
-  Score,  // C = c * sum, and peak[lane] = max(peak[lane], C)
+  Score,  // C = factor * sum + shift, and peak[lane] = max(peak[lane], C)
 };
 
 #if defined(__GNUC__)
@@ -33,7 +33,7 @@ BSA_INLINE float operand(const char* p) {
 }
 
 template <class V, int R, int MV, Walk walk, Into into>
-__attribute__((noinline)) void register_tile(long depth, const char* a, long stride, const float* b, long ldb, float* c, long ldc, float factor,
+__attribute__((noinline)) void register_tile(long depth, const char* a, long stride, const float* b, long ldb, float* c, long ldc, float factor, float shift,
                               float* peak) {
   typename V::f acc[R][MV];
 #pragma GCC unroll 16
@@ -80,7 +80,7 @@ __attribute__((noinline)) void register_tile(long depth, const char* a, long str
   }
 
   if constexpr (into == Into::Score) {
-    const typename V::f scale = V::all(factor);
+    const typename V::f scale = V::all(factor), add = V::all(shift);
     typename V::f top[MV];
 #pragma GCC unroll 4
     for (int j = 0; j < MV; ++j) top[j] = V::load(peak + j * V::W);
@@ -88,7 +88,7 @@ __attribute__((noinline)) void register_tile(long depth, const char* a, long str
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < MV; ++j) {
-        const typename V::f s = V::mul(acc[i][j], scale);
+        const typename V::f s = V::fma(acc[i][j], scale, add);
         top[j] = V::max(s, top[j]);
         V::store(c + i * ldc + j * V::W, s);
       }
@@ -104,15 +104,15 @@ __attribute__((noinline)) void register_tile(long depth, const char* a, long str
 
 template <class V, int MV, Walk walk, Into into>
 void product(long rows, long depth, const void* a_, long stride, const float* b, long ldb, float* c,
-                                       long ldc, float factor = 1.f, float* peak = nullptr) {
+                                       long ldc, float factor = 1.f, float shift = 0.f, float* peak = nullptr) {
   const char* a = static_cast<const char*>(a_);
   const long step = walk == Walk::Rows ? stride : 4;  // bytes from one row of the tile to the next
   constexpr int R = V::ROWS;
   for (; rows >= R; rows -= R, a += R * step, c += R * ldc)
-    register_tile<V, R, MV, walk, into>(depth, a, stride, b, ldb, c, ldc, factor, peak);
+    register_tile<V, R, MV, walk, into>(depth, a, stride, b, ldb, c, ldc, factor, shift, peak);
 #define BSA_REST(N)                                                                             \
   if (N < R && (rows & N)) {                                                                    \
-    register_tile<V, N, MV, walk, into>(depth, a, stride, b, ldb, c, ldc, factor, peak);        \
+    register_tile<V, N, MV, walk, into>(depth, a, stride, b, ldb, c, ldc, factor, shift, peak);        \
     a += N * step;                                                                              \
     c += N * ldc;                                                                               \
   }
@@ -126,10 +126,10 @@ void product(long rows, long depth, const void* a_, long stride, const float* b,
 // The same with the number of lane vectors known only at run time.
 template <class V, Walk walk, Into into>
 BSA_INLINE void product_lanes(int vectors, long rows, long depth, const void* a, long stride, const float* b, long ldb, float* c,
-                              long ldc, float factor = 1.f, float* peak = nullptr) {
+                              long ldc, float factor = 1.f, float shift = 0.f, float* peak = nullptr) {
   for (; vectors >= 2; vectors -= 2, b += 2 * V::W, c += 2 * V::W, peak = peak ? peak + 2 * V::W : peak)
-    product<V, 2, walk, into>(rows, depth, a, stride, b, ldb, c, ldc, factor, peak);
-  if (vectors) product<V, 1, walk, into>(rows, depth, a, stride, b, ldb, c, ldc, factor, peak);
+    product<V, 2, walk, into>(rows, depth, a, stride, b, ldb, c, ldc, factor, shift, peak);
+  if (vectors) product<V, 1, walk, into>(rows, depth, a, stride, b, ldb, c, ldc, factor, shift, peak);
 }
 
 }  // namespace

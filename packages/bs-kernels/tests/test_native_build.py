@@ -64,7 +64,6 @@ def no_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ({"device": "cuda"}, "CPU"),
         ({"dtype": torch.float64}, "float64"),
         ({"attn_bias": "bool"}, "attn_bias"),
-        ({"block_bias": True}, "block_bias"),
         ({"dropout": True}, "dropout"),
         ({"paged": True, "backward": True}, "paged"),
     ],

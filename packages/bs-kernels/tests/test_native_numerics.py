@@ -42,6 +42,7 @@ class Case:
     padding: bool = False
     segments: bool = False
     sinks: bool = False
+    block_bias: tuple[bool, bool] | None = None  # per batch element, per head
     logits: float = 1.0
     seed: int = 0
 
@@ -68,6 +69,15 @@ class Case:
             q_segments=ids(q_len) if self.segments else None,
             kv_segments=ids(kv_len) if self.segments else None,
             sinks=torch.randn(heads, generator=draw) if self.sinks else None,
+            block_bias=self._bias(int(layout.nnz), draw),
+        )
+
+    def _bias(self, entries: int, draw: torch.Generator) -> Tensor | None:
+        if self.block_bias is None:
+            return None
+        batch, heads = self.block_bias
+        return torch.randn(
+            self.batch if batch else 1, self.kv_heads * self.group if heads else 1, entries, generator=draw
         )
 
 
@@ -88,6 +98,7 @@ def cases(draw: st.DrawFn) -> Case:
         padding=draw(st.booleans()),
         segments=draw(st.booleans()),
         sinks=draw(st.booleans()),
+        block_bias=draw(st.none() | st.tuples(st.booleans(), st.booleans())),
         logits=draw(st.sampled_from((1.0, 1.0, 30.0))),
         seed=draw(st.integers(0, 2**16)),
     )
@@ -95,7 +106,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 def doubled(call: Call) -> Call:
     sinks = None if call.sinks is None else call.sinks.double()
-    return replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), sinks=sinks)
+    bias = None if call.block_bias is None else call.block_bias.double()
+    return replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), sinks=sinks, block_bias=bias)
 
 
 def backward_inputs(call: Call, dout: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,6 +123,7 @@ class Dense:
     Attributes:
         values: out, dq, dk, dv.
         sizes: of each, the largest sum of the absolute values of its terms: what rounding is relative to.
+        block_size: the same for the gradient of a block bias, bounded by the sum over all pairs.
     """
 
     def __init__(self, call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> None:
@@ -121,6 +134,9 @@ class Dense:
         unit = torch.eye(call.plan.seq_len[1], dtype=torch.float64)[None, :, None].expand(*call.k.shape[:3], -1)
         p = REFERENCE.forward(replace(exact, v=unit), torch.float64)[0].transpose(1, 2)
         ds = p * (do @ v.transpose(-1, -2) - delta[..., None]) * call.scale
+
+        # Σ |dS| over everything that one entry of block_bias can reach.
+        self.block_size = (p * (do @ v.transpose(-1, -2)).abs() + p * delta.abs()[..., None]).sum().item()
 
         def gradients(p: Tensor, ds: Tensor, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[Tensor]:
             of_keys = (x.unflatten(1, (-1, group)).sum(2) for x in (ds.mT @ q, p.mT @ do))
@@ -145,7 +161,8 @@ def run_and_check(case: Case, dtype: torch.dtype, isa: str, monkeypatch: pytest.
     exact_out, exact_lse = REFERENCE.forward(doubled(call), torch.float64)
     dout = torch.randn(exact_out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     lse, delta = backward_inputs(call, dout)
-    exact = REFERENCE.backward(doubled(call), dout, lse, delta, Needs(), torch.float64)
+    needs = Needs(block_bias=call.block_bias is not None)
+    exact = REFERENCE.backward(doubled(call), dout, lse, delta, needs, torch.float64)
     dense = Dense(call, dout, lse, delta)
 
     empty = exact_lse == -torch.inf
@@ -155,12 +172,19 @@ def run_and_check(case: Case, dtype: torch.dtype, isa: str, monkeypatch: pytest.
     unit = known + torch.finfo(dtype).eps / 2
     bands = [unit * size + known for size in dense.sizes]
     out, got_lse = NATIVE.forward(call, torch.float32)
-    got = NATIVE.backward(call, dout, lse.float(), delta.float(), Needs(), torch.float32)
+    got = NATIVE.backward(call, dout, lse.float(), delta.float(), needs, torch.float32)
     assert torch.equal(got_lse == -torch.inf, empty)
     check("lse", got_lse[~empty], exact_lse[~empty], exact_lse[~empty], known)
     names = ("out", "dq", "dk", "dv")
     for name, *values in zip(names, (out, *got[:3]), dense.values, (exact_out, *exact[:3]), bands, strict=True):
         check(name, *values)
+    if call.block_bias is not None:
+        # A sum of dS, not one element: its size is that of the whole block, which bounds it from above.
+        exact_bias, size = exact.block_bias, dense.block_size
+        assert got.block_bias is not None
+        assert exact_bias is not None
+        assert got.block_bias.shape == call.block_bias.shape
+        check("dblock_bias", got.block_bias, exact_bias, exact_bias, unit * size + known)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -194,6 +218,8 @@ EDGES = {
     "padding": replace(PLAIN, padding=True),
     "packed documents": replace(PLAIN, segments=True, mask=TokenMask(causal=True), seq_len=(170, 170), density=1.0),
     "per head": replace(PLAIN, per_head=True),
+    "block bias": replace(PLAIN, block_bias=(True, True), per_head=True),
+    "shared block bias": replace(PLAIN, block_bias=(False, False), sinks=True, mask=TokenMask(causal=True)),
     "logits of 1e4": replace(PLAIN, logits=1e4),
 }
 

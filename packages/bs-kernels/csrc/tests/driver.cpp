@@ -63,14 +63,20 @@ struct Tensor {
 
 struct Problem {
   bsa_call c{};
-  std::vector<int32_t> row_begin, row_end, indices, col_begin, col_end, t_rows, row_order, col_order, q_bounds, kv_bounds, q_start,
+  std::vector<int32_t> row_begin, row_end, indices, entries, col_begin, col_end, t_rows, t_slots, row_order, col_order, q_bounds, kv_bounds, q_start,
       kv_start, q_segments, kv_segments, pages;
   std::vector<uint8_t> padding;
   std::vector<float> sinks;
-  std::vector<bool> active;  // [layouts, heads, q_blocks, kv_blocks]
-  bool is_active(long b, long h, long i, long j) const {
+  std::vector<float> bias;
+  std::vector<bool> active;    // [layouts, heads, q_blocks, kv_blocks]
+  std::vector<int32_t> slots;  // of the active ones
+  long place(long b, long h, long i, long j) const {
     const long l = c.layouts == 1 ? 0 : b, x = c.layout_heads == 1 ? 0 : h;
-    return active[((l * c.layout_heads + x) * c.q_blocks + i) * c.kv_blocks + j];
+    return ((l * c.layout_heads + x) * c.q_blocks + i) * c.kv_blocks + j;
+  }
+  bool is_active(long b, long h, long i, long j) const { return active[place(b, h, i, j)]; }
+  float bias_at(long b, long h, long i, long j) const {
+    return bias.empty() ? 0.f : bias[(b * c.q_heads + h) * c.bias_entries + slots[place(b, h, i, j)]];
   }
 };
 
@@ -100,22 +106,30 @@ Problem make(Rng& g) {
   for (long l = 0; l < c.layouts * c.layout_heads; ++l) {
     const long first = long(p.active.size());
     for (long x = 0; x < c.q_blocks * c.kv_blocks; ++x) p.active.push_back(chance(g, density < 1 ? density : 1));
+    p.slots.resize(p.active.size());
     for (long i = 0; i < c.q_blocks; ++i) {
       p.row_begin.push_back(int32_t(p.indices.size()));
       for (long j = 0; j < c.kv_blocks; ++j)
-        if (p.active[first + i * c.kv_blocks + j]) p.indices.push_back(int32_t(j));
+        if (p.active[first + i * c.kv_blocks + j]) {
+          p.slots[first + i * c.kv_blocks + j] = int32_t(p.indices.size());
+          p.entries.push_back(int32_t(p.indices.size()));
+          p.indices.push_back(int32_t(j));
+        }
       p.row_end.push_back(int32_t(p.indices.size()));
       p.row_order.push_back(int32_t(l * c.q_blocks + c.q_blocks - 1 - i));
     }
     for (long j = 0; j < c.kv_blocks; ++j) {
       p.col_begin.push_back(int32_t(p.t_rows.size()));
       for (long i = 0; i < c.q_blocks; ++i)
-        if (p.active[first + i * c.kv_blocks + j]) p.t_rows.push_back(int32_t(i));
+        if (p.active[first + i * c.kv_blocks + j]) {
+          p.t_slots.push_back(p.slots[first + i * c.kv_blocks + j]);
+          p.t_rows.push_back(int32_t(i));
+        }
       p.col_end.push_back(int32_t(p.t_rows.size()));
       p.col_order.push_back(int32_t(l * c.kv_blocks + j));
     }
   }
-  c.layouts = c.layouts, c.row_begin = p.row_begin.data(), c.row_end = p.row_end.data(), c.indices = p.indices.data();
+  c.entries = p.entries.data(), c.t_slots = p.t_slots.data(), c.row_begin = p.row_begin.data(), c.row_end = p.row_end.data(), c.indices = p.indices.data();
   c.col_begin = p.col_begin.data(), c.col_end = p.col_end.data(), c.t_rows = p.t_rows.data();
   c.row_order = p.row_order.data(), c.col_order = p.col_order.data(), c.q_bounds = p.q_bounds.data();
   c.kv_bounds = p.kv_bounds.data(), c.q_start = p.q_start.data(), c.kv_start = p.kv_start.data();
@@ -128,6 +142,11 @@ Problem make(Rng& g) {
     for (long n = 0; n < c.batch * c.kv_len; ++n) p.kv_segments.push_back(int32_t(n / 50 % 3));
     c.q_segments = p.q_segments.data(), c.kv_segments = p.kv_segments.data();
   }
+  c.bias_entries = long(p.indices.size());
+  if (chance(g, .3)) {
+    for (long n = 0; n < c.batch * c.q_heads * c.bias_entries; ++n) p.bias.push_back(float(uniform(g, -8, 8)) / 4);
+    c.block_bias = p.bias.data(), c.bias_batch = c.q_heads * c.bias_entries, c.bias_head = c.bias_entries;
+  }
   if (chance(g, .3)) {
     for (long h = 0; h < c.q_heads; ++h) p.sinks.push_back(float(h) - 1.f);
     c.sinks = p.sinks.data();
@@ -136,7 +155,7 @@ Problem make(Rng& g) {
 }
 
 struct Answer {
-  std::vector<double> out, lse, dq, dk, dv;
+  std::vector<double> out, lse, dq, dk, dv, dbias;
 };
 
 // The definition, pair by pair.
@@ -149,6 +168,7 @@ Answer define(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& 
   a.dq.assign(size_t(c.batch * c.q_len * c.q_heads * c.dim), 0);
   a.dk.assign(size_t(c.batch * c.kv_len * c.kv_heads * c.dim), 0);
   a.dv.assign(size_t(c.batch * c.kv_len * c.kv_heads * c.v_dim), 0);
+  a.dbias.assign(size_t(c.batch * c.q_heads * c.bias_entries), 0);
   delta.assign(a.lse.size(), 0);
   std::vector<double> s(size_t(c.kv_len), 0);
   for (long b = 0; b < c.batch; ++b)
@@ -167,7 +187,7 @@ Answer define(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& 
               if (!kept) continue;
               s[n] = 0;
               for (long d = 0; d < c.dim; ++d) s[n] += q.get(b, t, h, d) * k.get(b, n, kh, d);
-              s[n] *= c.scale;
+              s[n] = s[n] * c.scale + p.bias_at(b, h, i, j);
               top = s[n] > top ? s[n] : top;
             }
           if (top == -INFINITY) continue;
@@ -187,6 +207,11 @@ Answer define(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& 
             double dp = 0;
             for (long d = 0; d < c.v_dim; ++d) dp += dout.get(b, t, h, d) * v.get(b, n, kh, d);
             const double ds = pn * (dp - rowsum) * c.scale;
+            if (!p.bias.empty()) {
+              long j = 0;
+              while (c.kv_bounds[j + 1] <= n) ++j;
+              a.dbias[(b * c.q_heads + h) * c.bias_entries + p.slots[p.place(b, h, i, j)]] += pn * (dp - rowsum);
+            }
             for (long d = 0; d < c.v_dim; ++d) a.dv[((b * c.kv_len + n) * c.kv_heads + kh) * c.v_dim + d] += pn * dout.get(b, t, h, d);
             for (long d = 0; d < c.dim; ++d) {
               dq[d] += ds * k.get(b, n, kh, d);
@@ -255,11 +280,16 @@ void run(long number) {
       std::vector<char> first;
       for (int split : {BSA_SPLIT_HEADS, BSA_SPLIT_BLOCKS}) {
         c.split = split;
+        std::vector<float> dbias(p.bias.size());
+        c.dblock_bias = p.bias.empty() ? nullptr : dbias.data();
         execute("backward", bsa_backward, c);
         compare("dq", number, isa, dtype, dq, a.dq, epsilon);
         compare("dk", number, isa, dtype, dk, a.dk, epsilon);
         compare("dv", number, isa, dtype, dv, a.dv, epsilon);
+        for (size_t x = 0; x < dbias.size(); ++x)
+          if (!(std::fabs(dbias[x] - a.dbias[x]) <= 64 * epsilon * 64)) std::printf("problem %ld: dbias\n", number), ++failures;
         std::vector<char> bits(dq.bytes);
+        bits.insert(bits.end(), reinterpret_cast<char*>(dbias.data()), reinterpret_cast<char*>(dbias.data() + dbias.size()));
         bits.insert(bits.end(), dk.bytes.begin(), dk.bytes.end());
         bits.insert(bits.end(), dv.bytes.begin(), dv.bytes.end());
         if (split == BSA_SPLIT_HEADS) first = bits;

@@ -11,16 +11,22 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from bs_memory import default_pool
 from torch import Tensor
+
+from bs_memory import default_pool
 
 __all__ = ["ISA_NAMES", "CoreCall", "CoreTensor", "NativeCore", "NativeUnavailableError", "load", "missing_reason"]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 2
+ABI_VERSION = 3
 #: Instruction sets by their number in csrc/call.h, slowest first.
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
 
+#: The fields of a `LayoutPlan` that the core reads, in the order in which it takes them.
+PLAN_LISTS = (
+    *("row_begin", "row_end", "indices", "entries", "col_begin", "col_end", "t_rows", "t_slots"),
+    *("row_order", "col_order", "q_bounds", "kv_bounds", "q_start", "kv_start"),
+)
 #: Larger workspaces are returned to the system after the call.
 _POOLED = 2**28
 _CPU = torch.device("cpu")
@@ -52,14 +58,13 @@ class CoreCall(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("reserved", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("layouts", "layout_heads", "q_blocks", "kv_blocks")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("row_begin", "row_end", "indices", "col_begin", "col_end", "t_rows", "row_order", "col_order")
-        ),
-        *((name, ctypes.c_void_p) for name in ("q_bounds", "kv_bounds", "q_start", "kv_start")),
+        *((name, ctypes.c_void_p) for name in PLAN_LISTS),
         ("band_lo", ctypes.c_int64),
         ("band_hi", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("key_padding", "q_segments", "kv_segments", "sinks", "page_table")),
+        ("block_bias", ctypes.c_void_p),
+        ("dblock_bias", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bias_batch", "bias_head", "bias_entries")),
         *((name, CoreTensor) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("lse", "delta", "workspace")),
         ("workspace_bytes", ctypes.c_int64),

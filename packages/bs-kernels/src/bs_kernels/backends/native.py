@@ -9,26 +9,12 @@ import torch
 from torch import Tensor
 
 from . import _native_lib
-from ._native_lib import ISA_NAMES, CoreCall, CoreTensor
+from ._native_lib import ISA_NAMES, PLAN_LISTS, CoreCall, CoreTensor
 from .base import Call, Gradients, Needs, Problem
 
 __all__ = ["NativeBackend"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PLAN_LISTS = (
-    "row_begin",
-    "row_end",
-    "indices",
-    "col_begin",
-    "col_end",
-    "t_rows",
-    "row_order",
-    "col_order",
-    "q_bounds",
-    "kv_bounds",
-    "q_start",
-    "kv_start",
-)
 
 
 class NativeBackend:
@@ -47,8 +33,6 @@ class NativeBackend:
             )
         if problem.attn_bias is not None:
             reasons.append("it has no attn_bias")
-        if problem.block_bias:
-            reasons.append("it has no block_bias")
         if problem.dropout:
             reasons.append("it has no dropout")
         if problem.paged and problem.backward:
@@ -74,15 +58,21 @@ class NativeBackend:
         self, call: Call, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype
     ) -> Gradients:
         """See `Backend.backward`."""
-        del needs  # not_supported_reasons refuses what could be asked for
         dq, dk, dv = (torch.empty(t.shape, dtype=grad_dtype) for t in (call.q, call.k, call.v))
+        dbias: Tensor | None = None
+        if needs.block_bias and call.block_bias is not None:
+            dbias = torch.zeros((call.q.shape[0], call.q.shape[2], call.block_bias.shape[-1]), dtype=torch.float32)
         if dq.numel() + dk.numel() + dv.numel():
             core, args, keep = _arguments(call, grad_dtype)
             args.dout = _tensor(dout.to(call.q.dtype), keep)
             args.dq, args.dk, args.dv = (_tensor(t, keep) for t in (dq, dk, dv))
             args.lse, args.delta = lse.data_ptr(), delta.data_ptr()
+            if dbias is not None:
+                args.dblock_bias = dbias.data_ptr()
             core.run("backward", args)
-        return Gradients(dq, dk, dv)
+        if dbias is not None and call.block_bias is not None:
+            dbias = dbias.sum_to_size(call.block_bias.shape)
+        return Gradients(dq, dk, dv, block_bias=dbias)
 
 
 def _keep(tensor: Tensor, keep: list[Tensor]) -> int:
@@ -130,13 +120,19 @@ def _arguments(call: Call, result_dtype: torch.dtype) -> tuple[_native_lib.Nativ
         q=_tensor(call.q, keep),
         k=_tensor(call.k, keep),
         v=_tensor(call.v, keep),
-        **{name: getattr(plan, name).data_ptr() for name in _PLAN_LISTS},
+        **{name: getattr(plan, name).data_ptr() for name in PLAN_LISTS},
     )
     if call.key_padding_mask is not None:
         args.key_padding = _keep(call.key_padding_mask, keep)
     if call.q_segments is not None and call.kv_segments is not None:
         args.q_segments = _keep(call.q_segments, keep)
         args.kv_segments = _keep(call.kv_segments, keep)
+    if call.block_bias is not None:
+        bias = call.block_bias.detach().to(torch.float32)
+        args.block_bias = _keep(bias, keep)
+        entries = args.bias_entries = bias.shape[-1]
+        args.bias_head = entries if bias.shape[1] > 1 else 0
+        args.bias_batch = bias.shape[1] * entries if bias.shape[0] > 1 else 0
     if call.page_table is not None:
         args.page_table = _keep(call.page_table, keep)
     return core, args, keep
