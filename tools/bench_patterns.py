@@ -5,7 +5,8 @@
     python tools/bench_patterns.py --out /tmp/patterns.json --rounds 3
 
 Every case runs in a process of its own, so that peak memory is that of the case: the process's peak resident set minus
-what it was after the imports. Times are of the first call ("cold", page faults included) and the best of the rounds.
+what it was after the imports. Times are of the first call ("cold", page faults included) and the best of the rounds, by
+the clock and in processor time, which neighbours on a busy machine change less.
 """
 
 import argparse
@@ -29,7 +30,7 @@ SEGMENTS = ([2048, 8192, 2**20], [1, 2, 8])
 CURVE = [2**n for n in range(10, 25, 2)]
 BLOCKS_PER_ROW = 64
 
-#: Seconds (and MiB) that a figure should stay under at 1,048,576 tokens.
+#: Seconds (and MiB) that a figure should stay under at 1,048,576 tokens. Judged by processor time: all is one thread.
 BUDGET = {"layouts": (1.0, 400), "LocalWindow": (0.1, 400), "operations": (0.5, None), "orders": (0.5, None)}
 
 
@@ -73,7 +74,7 @@ def operation_case(name: str) -> Callable[[], Any]:
     a.save(stream)
 
     def fresh() -> BlockLayout:
-        """The same layout without anything cached; costs a copy."""
+        """The same layout without anything cached."""
         return BlockLayout(a.block_size, a.seq_len, a.indptr, a.indices, a.causal)
 
     return {
@@ -142,14 +143,19 @@ def measure(case: list[Any], rounds: int) -> dict[str, Any]:
     run = make(*arguments)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def timed() -> tuple[float, Any]:
-        start = time.perf_counter()
+    def timed() -> tuple[float, float, Any]:
+        start, cpu = time.perf_counter(), time.process_time()
         result = run()
-        return time.perf_counter() - start, result
+        return time.perf_counter() - start, time.process_time() - cpu, result
 
-    cold, result = timed()
+    cold, cold_cpu, result = timed()
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    found = {"cold_s": cold, "best_s": min(cold, *(timed()[0] for _ in range(rounds))), "peak_mib": peak}
+    seconds, cpu = [cold], [cold_cpu]
+    for _ in range(rounds):
+        again = timed()
+        seconds.append(again[0])
+        cpu.append(again[1])
+    found = {"cold_s": cold, "best_s": min(seconds), "cpu_s": min(cpu), "peak_mib": peak}
     if hasattr(result, "nnz"):
         found |= {"nnz": result.nnz, "density": result.density}
     return found
@@ -162,7 +168,7 @@ def in_child(case: list[Any], rounds: int) -> dict[str, Any]:
     if result.returncode:
         raise RuntimeError(f"{case}: {result.stderr.strip()}")
     found = json.loads(result.stdout)
-    print(f"{case}: {found['best_s']:.4f} s, {found['peak_mib']:.0f} MiB", file=sys.stderr)
+    print(f"{case}: {found['best_s']:.4f} s, CPU {found['cpu_s']:.4f} s, {found['peak_mib']:.0f} MiB", file=sys.stderr)
     return {"case": case, **found}
 
 
@@ -232,8 +238,9 @@ def page(results: dict[str, Any]) -> str:
         "Measured by `python tools/bench_patterns.py`, each case in a process of its own, on "
         f"{host['cpu']}, {host['cpus']} CPUs (load {host['load_at_start']} when it began), Python {host['python']}, "
         f"numpy {host['numpy']}. Everything here runs on one core. *Cold* is the first call of the process, page "
-        f"faults of fresh memory included; *best* is the best of {results['rounds']} calls; *peak* is the growth of "
-        "the resident set over the imports. The raw figures are in `patterns.json`.",
+        f"faults of fresh memory included; *best* is the best of {results['rounds']} more, *CPU* the least "
+        "processor time; *peak* is the growth of the resident set over the imports. The raw figures are in "
+        "`patterns.json`.",
     ]
     if "layouts" in results:
         lines += [
@@ -242,23 +249,23 @@ def page(results: dict[str, Any]) -> str:
             "",
             f"{TOKENS // BLOCK:,} × {TOKENS // BLOCK:,} blocks. With segments: `LongNetSegments{SEGMENTS}`.",
             "",
-            "| pattern | | active blocks | density met | cold s | best s | peak MiB |",
-            "|---|---|---:|---:|---:|---:|---:|",
+            "| pattern | | active blocks | density met | cold s | best s | CPU s | peak MiB |",
+            "|---|---|---:|---:|---:|---:|---:|---:|",
         ]
         for row in results["layouts"]:
             _, name, causal, segments = row["case"]
             kind = "segments" if segments else "causal" if causal else ""
             lines.append(
                 f"| `{name}` | {kind} | {row['nnz']:,} | {row['density']:.6f} | {row['cold_s']:.3f} | "
-                f"{row['best_s']:.3f} | {row['peak_mib']:.0f} |"
+                f"{row['best_s']:.3f} | {row['cpu_s']:.3f} | {row['peak_mib']:.0f} |"
             )
     if "operations" in results:
         lines += [
             "",
             "## Working with such layouts",
             "",
-            "| operation | cold s | best s | peak MiB |",
-            "|---|---:|---:|---:|",
+            "| operation | cold s | best s | CPU s | peak MiB |",
+            "|---|---:|---:|---:|---:|",
         ]
         lines += [_row(row) for row in results["operations"]]
     if "orders" in results:
@@ -268,8 +275,8 @@ def page(results: dict[str, Any]) -> str:
             "",
             "`locality`: a cache of 256 blocks, in Hilbert order. `hilbert_tokens`: 1024 × 1024 tokens.",
             "",
-            "| order | cold s | best s | peak MiB |",
-            "|---|---:|---:|---:|",
+            "| order | cold s | best s | CPU s | peak MiB |",
+            "|---|---:|---:|---:|---:|",
         ]
         lines += [_row(row) for row in results["orders"]]
     if "curve" in results:
@@ -277,14 +284,15 @@ def page(results: dict[str, Any]) -> str:
             "",
             f"## Cost grows with the active blocks: {BLOCKS_PER_ROW} per row, 1K to 16M tokens",
             "",
-            "| pattern | tokens | active blocks | best s | ns per active block | peak MiB |",
-            "|---|---:|---:|---:|---:|---:|",
+            "| pattern | tokens | active blocks | best s | CPU s | CPU ns per active block | peak MiB |",
+            "|---|---:|---:|---:|---:|---:|---:|",
         ]
         for row in results["curve"]:
             _, name, tokens = row["case"]
-            each = 1e9 * row["best_s"] / row["nnz"]
+            each = 1e9 * row["cpu_s"] / row["nnz"]
             lines.append(
-                f"| `{name}` | {tokens:,} | {row['nnz']:,} | {row['best_s']:.4f} | {each:.0f} | {row['peak_mib']:.0f} |"
+                f"| `{name}` | {tokens:,} | {row['nnz']:,} | {row['best_s']:.4f} | {row['cpu_s']:.4f} | {each:.0f} | "
+                f"{row['peak_mib']:.0f} |"
             )
     if "imports" in results:
         found = results["imports"]
@@ -300,18 +308,19 @@ def page(results: dict[str, Any]) -> str:
 
 def _row(row: dict[str, Any]) -> str:
     name = row["case"][1].replace("|", "\\|")
-    return f"| `{name}` | {row['cold_s']:.3f} | {row['best_s']:.3f} | {row['peak_mib']:.0f} |"
+    return f"| `{name}` | {row['cold_s']:.3f} | {row['best_s']:.3f} | {row['cpu_s']:.3f} | {row['peak_mib']:.0f} |"
 
 
 def over_budget(results: dict[str, Any]) -> list[str]:
-    """The cases whose best time or peak memory is over what was promised."""
+    """The cases whose processor time or peak memory is over what was promised."""
     found = []
     for kind in ("layouts", "operations", "orders"):
         for row in results.get(kind, []):
             restricted = kind == "layouts" and row["case"][3]
             seconds, mib = BUDGET[kind] if restricted else BUDGET.get(row["case"][1], BUDGET[kind])
-            if row["best_s"] > seconds or (mib is not None and row["peak_mib"] > mib):
-                found.append(f"{row['case']}: {row['best_s']:.3f} s, {row['peak_mib']:.0f} MiB")
+            judged = kind != "orders" or row["case"][1].endswith("_order")
+            if judged and (row["cpu_s"] > seconds or (mib is not None and row["peak_mib"] > mib)):
+                found.append(f"{row['case']}: CPU {row['cpu_s']:.3f} s, {row['peak_mib']:.0f} MiB")
     if "imports" in results and results["imports"]["bs_patterns_ms"] > 50:
         found.append(f"import: {results['imports']['bs_patterns_ms']:.0f} ms")
     return found

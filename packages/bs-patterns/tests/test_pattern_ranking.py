@@ -95,3 +95,11 @@ def test_too_few_candidates_warn_and_say_what_was_met():
     with pytest.warns(UserWarning, match=r"only 8 of 16 allowed blocks .* density 0.5 and not 0.9"):
         layout = DilatedSparse([2]).layout(256, density=0.9, candidates=LongNetSegments([128], [1]))
     assert layout.nnz == 8
+
+
+@given(patterns(bounded=True), seq_lens(), block_sizes(), st.booleans())
+def test_geometry_is_the_same_in_waves_of_any_size(pattern, seq_len, block_size, causal):
+    whole = pattern.layout(seq_len, block_size=block_size, heads=2, causal=causal)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bs_patterns._stages._WAVE", 1)
+        assert pattern.layout(seq_len, block_size=block_size, heads=2, causal=causal) == whole

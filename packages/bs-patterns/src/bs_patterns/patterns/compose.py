@@ -92,8 +92,9 @@ class Union(_Combination):
 
 @dataclass(frozen=True)
 class Intersection(_Combination):
-    """The blocks that are in the geometry of every pattern, ranked as in the first. There are no others: asking for a
-    higher density raises.
+    """The blocks that are in the geometry of every pattern, ranked as in the first.
+
+    There are no others: asking for a higher density raises.
 
     Args:
         patterns: At least one.
@@ -109,8 +110,9 @@ class Intersection(_Combination):
 
 @dataclass(frozen=True)
 class Difference(_Combination):
-    """The blocks in the geometry of the first pattern and of no other, ranked as in the first. There are no others:
-    asking for a higher density raises.
+    """The blocks in the geometry of the first pattern and of no other, ranked as in the first.
+
+    There are no others: asking for a higher density raises.
 
     Args:
         patterns: At least one.
@@ -126,7 +128,10 @@ class Difference(_Combination):
 
 @dataclass(frozen=True)
 class Custom(Pattern):
-    """The blocks that a function yields, in priority order. There are no others: asking for a higher density raises.
+    """The blocks that a function yields, in priority order.
+
+    There are no others: asking for a higher density raises. With a density, each row's yielded block nearest the
+    diagonal comes first, as in every pattern.
 
     Args:
         fn: Called as ``fn(q_blocks, kv_blocks, head)``; yields any mix of
