@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
@@ -199,3 +200,5 @@ class StreamMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestStreamMachine = StreamMachine.TestCase
+# It takes a hundredth of a second, and what it looks for takes several steps in one order.
+TestStreamMachine.settings = settings(max_examples=8 * settings().max_examples)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bs_memory import BufferPool, DeviceCache, LeaseError, PoolBudgetError
+from bs_memory._storage import Bucket
 from bs_memory.testing import FakeStreams
 
 F32 = torch.float32
@@ -76,6 +77,62 @@ def test_release_on_another_stream_fences_both(pool, fake):
     assert fourth.tensor.data_ptr() != address
     fake.finish("side")
     assert lease_address(pool, fake, "third").tensor.data_ptr() == address
+
+
+def test_work_on_the_leasing_stream_counts_although_another_released(pool, fake):
+    lease = lease_address(pool, fake, "main")
+    fake.issue()
+    address = lease.tensor.data_ptr()
+    fake.current_stream = "side"
+    lease.release()
+    assert lease_address(pool, fake, "side").tensor.data_ptr() != address
+    fake.finish("main")
+    assert lease_address(pool, fake, "side").tensor.data_ptr() == address
+
+
+@pytest.fixture
+def pinned(pool, fake, monkeypatch):
+    """Leases of pinned buffers without a driver to pin them: what counts here is when they come back."""
+    monkeypatch.setattr(Bucket, "allocate", lambda bucket: torch.empty(bucket.nbytes, dtype=torch.uint8))
+    return lambda pool=pool: pool.lease((64,), torch.uint8, "cpu", pinned=True)
+
+
+def test_a_pinned_buffer_is_not_reused_before_its_copy_is_done_even_on_the_same_stream(pinned, fake):
+    lease = pinned()
+    fake.issue()
+    address = lease.tensor.data_ptr()
+    lease.release()
+    assert pinned().tensor.data_ptr() != address
+    fake.finish("main")
+    assert pinned().tensor.data_ptr() == address
+
+
+def test_a_pinned_buffer_is_not_given_back_before_its_copy_is_done(pinned, pool, fake):
+    lease = pinned()
+    fake.issue()
+    lease.release()
+    assert pool.trim() == 0
+    fake.finish("main")
+    assert pool.trim() == 64
+
+
+def test_closing_waits_for_copies_of_pinned_buffers(pinned, pool, fake):
+    lease = pinned()
+    fake.issue()
+    lease.release()
+    pool.close()
+    assert fake.host_waits == [("main", 1)]
+    assert pool.stats().bytes_held == 0
+
+
+def test_a_pinned_budget_makes_the_host_wait(pinned, fake):
+    pool = BufferPool(max_bytes=64, streams=fake, pressure=None)
+    lease = pinned(pool)
+    fake.issue()
+    address = lease.tensor.data_ptr()
+    lease.release()
+    assert pinned(pool).tensor.data_ptr() == address
+    assert fake.host_waits == [("main", 1)]
 
 
 def test_under_a_full_budget_the_stream_waits_and_not_the_host(fake):

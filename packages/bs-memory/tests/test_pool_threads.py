@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bs_memory import BufferPool, LeaseError, PoolClosedError, bucket_bytes
+from bs_memory._account import Account
 
 CPU = torch.device("cpu")
 SHAPES = [(64,), (4, 16), (100,), (1000,), (17, 9)]
@@ -80,20 +81,54 @@ def test_a_lease_may_end_in_another_thread():
     assert (stats.leases, stats.buffers) == (0, 8)
 
 
-def test_of_many_threads_that_release_one_succeeds():
+class Crowded:
+    """A lock that lets nobody in before `count` threads want to."""
+
+    def __init__(self, count):
+        self.lock = threading.Lock()
+        self.gate = threading.Barrier(count)
+
+    def __enter__(self):
+        self.gate.wait(60)
+        self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+def test_of_many_threads_that_release_at_once_one_succeeds():
     pool = BufferPool(pressure=None)
-    for _ in range(50):
-        lease = pool.lease((8,), device=CPU)
+    lease = pool.lease((8,), device=CPU)
+    bucket = next(iter(pool._buckets.values()))
+    bucket.lock = Crowded(4)
 
-        def release(_, lease=lease):
-            try:
-                lease.release()
-            except LeaseError:
-                return 0
-            return 1
+    def release(_):
+        try:
+            lease.release()
+        except LeaseError:
+            return 0
+        return 1
 
-        assert sum(run_threads(4, release)) == 1
-    assert pool.stats().buffers == 1
+    assert sum(run_threads(4, release)) == 1
+    bucket.lock = threading.Lock()
+    stats = pool.stats()
+    assert (stats.buffers, stats.leases) == (1, 0)
+
+
+def test_a_block_that_moves_while_the_pool_looks_for_room_is_not_missed(monkeypatch):
+    pool = BufferPool(max_bytes=1024, pressure=None)
+    with pool.lease((1024,), torch.uint8, CPU):
+        pass
+    walks = []
+
+    def walk_past(account):  # as if the block had been leased here and released where the walk had been before
+        walks.append(1)
+        return [] if len(walks) == 1 else real(account)
+
+    real = Account._idle
+    monkeypatch.setattr(Account, "_idle", walk_past)
+    with pool.lease((512,), torch.uint8, CPU):
+        assert pool.stats().evictions == 1
 
 
 def test_closing_under_load_loses_nothing():
