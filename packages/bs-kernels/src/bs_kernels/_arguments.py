@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -16,7 +16,26 @@ from .batched import BatchedLayout
 from .plan import LayoutPlan
 from .token_mask import TokenMask
 
-__all__ = ["check_operands", "make_call", "resolve_plan"]
+__all__ = ["AttentionArguments", "check_operands", "make_call", "resolve_plan"]
+
+
+class AttentionArguments(TypedDict, total=False):
+    """The optional arguments of `block_sparse_attention` that say what is computed."""
+
+    causal: bool | None
+    window: int | tuple[int | None, int | None] | None
+    key_padding_mask: Tensor | None
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None
+    attn_bias: Tensor | None
+    block_bias: Tensor | None
+    sinks: Tensor | None
+    dropout_p: float
+    dropout_seed: int | Tensor | None
+    scale: float | None
+    order: str | np.ndarray | Tensor
+    deterministic: bool
+    page_table: Tensor | None
+
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NUMBERS = (int, float, np.integer, np.floating, torch.SymFloat, torch.SymInt)
@@ -289,6 +308,8 @@ def make_call(
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3])
     scale = _number("scale", scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic: expected a bool, got {deterministic!r}")
     p, seed = _dropout(dropout_p, dropout_seed, q.device)

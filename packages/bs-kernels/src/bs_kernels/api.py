@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from bs_patterns import BlockLayout
 
 from . import _autograd as _autograd  # registers the gradients
-from ._arguments import make_call
+from ._arguments import AttentionArguments, make_call
 from .backends.base import Call
 from .batched import BatchedLayout
 from .dispatch import BackendTable, explain, get_backend
@@ -19,15 +19,42 @@ from .plan import LayoutPlan
 
 __all__ = ["block_sparse_attention", "explain_backends"]
 
+Layout = BlockLayout | LayoutPlan | BatchedLayout
 SegmentIds = Tensor | tuple[Tensor, Tensor] | None
 Window = int | tuple[int | None, int | None] | None
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+    **arguments: Unpack[AttentionArguments],
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    *,
+    return_lse: Literal[True],
+    backend: str = "auto",
+    **arguments: Unpack[AttentionArguments],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: BlockLayout | LayoutPlan | BatchedLayout,
+    layout: Layout,
     *,
     causal: bool | None = None,
     window: Window = None,
@@ -93,7 +120,10 @@ def block_sparse_attention(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices or values that do not fit; a named backend that cannot compute this.
     """
-    get_backend(backend) if backend != "auto" else None
+    if backend != "auto":
+        get_backend(backend)
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: expected a bool, got {return_lse!r}")
     call = make_call(
         q,
         k,
@@ -118,7 +148,7 @@ def block_sparse_attention(
 
 
 def explain_backends(
-    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout | LayoutPlan | BatchedLayout, **arguments: Any
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, **arguments: Unpack[AttentionArguments]
 ) -> BackendTable:
     """Which backends can compute a call, and why the others cannot. Computes nothing.
 

@@ -138,12 +138,26 @@ def run_backward(
     return torch.ops.bs_kernels.attention_backward.default(dout, lse, delta, *operands, accumulate_out, flags, backend)
 
 
+def _check_pages(call: Call) -> None:
+    """Refuse pages out of range, where looking costs no synchronisation: a native kernel would read past the pool."""
+    table, plan = call.page_table, call.plan
+    if table is None or table.device.type != "cpu":
+        return
+    active = (plan.col_end > plan.col_begin).any(1)  # [L, KB]
+    pages = call.k.shape[0]
+    wrong = ((table < 0) | (table >= pages)) & active
+    if bool(wrong.any()):
+        bad = int(table[wrong][0])
+        raise ValueError(f"page_table: expected pages in [0, {pages}) for active blocks, got {bad}")
+
+
 # -- kernels, below autograd -------------------------------------------------------------------------------------------
 
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     sinks, accumulate_out, flags, backend = args[OPERANDS:]
     call = call_of(args[:OPERANDS], sinks)
+    _check_pages(call)
     out_dtype = call.accumulate_dtype if accumulate_out else call.q.dtype
     return recovered_forward(select(backend, problem_of(call, flags)), call, out_dtype)
 
@@ -151,6 +165,7 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
 def _attention_backward(dout: Tensor, lse: Tensor, delta: Tensor, *args: Any) -> tuple[Tensor, ...]:
     accumulate_out, flags, backend = args[OPERANDS:]
     call = call_of(args[:OPERANDS])
+    _check_pages(call)
     needs = Needs(attn_bias=bool(flags[1]), block_bias=bool(flags[2]))
     grad_dtype = call.accumulate_dtype if accumulate_out else call.q.dtype
     chosen = select(backend, problem_of(call, flags))

@@ -7,14 +7,14 @@ itself: the caller's autograd function is.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from bs_patterns import BlockLayout
 
-from ._arguments import make_call
+from ._arguments import AttentionArguments, make_call
 from ._identities import attention_delta, sinks_gradient
 from .batched import BatchedLayout
 from .op import run_backward, run_forward
@@ -43,7 +43,7 @@ class PartialGradients(NamedTuple):
 
 @torch.no_grad()
 def partial_forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: Layout, *, backend: str = "auto", **arguments: Any
+    q: Tensor, k: Tensor, v: Tensor, plan: Layout, *, backend: str = "auto", **arguments: Unpack[AttentionArguments]
 ) -> tuple[Tensor, Tensor]:
     """Attention over the keys of one part.
 
@@ -76,7 +76,7 @@ def partial_backward(
     plan: Layout,
     *,
     backend: str = "auto",
-    **arguments: Any,
+    **arguments: Unpack[AttentionArguments],
 ) -> PartialGradients:
     """Gradients that flow through one part.
 
@@ -112,12 +112,17 @@ def partial_backward(
         dq,
         dk,
         dv,
-        attn.view(arguments["attn_bias"].shape) if flags[1] else None,
-        block.view(arguments["block_bias"].shape) if flags[2] else None,
+        _shaped_like(attn, arguments.get("attn_bias")) if flags[1] else None,
+        _shaped_like(block, arguments.get("block_bias")) if flags[2] else None,
     )
 
 
-def _without_sinks(arguments: dict[str, Any]) -> dict[str, Any]:
+def _without_sinks(arguments: AttentionArguments) -> AttentionArguments:
     if arguments.get("sinks") is not None:
         raise ValueError("sinks: expected None in a partial form (they join once, after the merge), got a tensor")
     return arguments
+
+
+def _shaped_like(gradient: Tensor, argument: Tensor | None) -> Tensor:
+    assert argument is not None
+    return gradient.view(argument.shape)

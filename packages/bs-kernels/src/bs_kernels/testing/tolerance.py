@@ -12,11 +12,13 @@ result's own sum of absolute values (`magnitudes`). u_op enters without S: it ro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..api import block_sparse_attention
 from .case import Case, evaluate
 from .oracle import dense_results, magnitudes, oracle_results
 
@@ -78,10 +80,8 @@ def assert_close_to_oracle(case: Case, got: dict[str, Tensor]) -> None:
         )
 
 
-def check_against_oracle(case: Case, function: Any = None, **extra: Any) -> dict[str, Tensor]:
+def check_against_oracle(case: Case, function: Callable[..., Any] | None = None, **extra: Any) -> dict[str, Tensor]:
     """Evaluate a function (default: `block_sparse_attention`) on a case and check every result; returns the results."""
-    from ..api import block_sparse_attention
-
     got = evaluate(case, block_sparse_attention if function is None else function, **extra)
     assert_close_to_oracle(case, got)
     return got
