@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 3
+#define BSA_ABI_VERSION 4
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
 enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
@@ -44,6 +44,8 @@ typedef struct {
   const float* block_bias;       // added to the scores of slot s: block_bias[b * bias_batch + h * bias_head + entries[s]]
   float* dblock_bias;            // [batch, q_heads, bias_entries], zeroed by the caller; null when not wanted
   int64_t bias_batch, bias_head, bias_entries;
+  const void* attn_bias;         // f32 added to the scores, or bytes (nonzero = attend) with attn_bias_bool
+  int64_t attn_bias_bool, attn_bias_batch, attn_bias_head, attn_bias_query, attn_bias_key;  // strides in elements, 0 broadcasts
 
   bsa_tensor q, k, v, out, dout, dq, dk, dv;
   float* lse;                    // [batch, q_heads, q_len]; written by forward, read by backward

@@ -244,6 +244,15 @@ BSA_INLINE bool clip(const bsa_call& c, const KeyBlocks& info, const Queries<V>&
   mask.padding = info.padded && info.padded[x] ? c.key_padding + token : nullptr;
   mask.key_segment = segments ? c.kv_segments + token : nullptr;
   mask.query_segment = q.segments;
+  mask.bias = nullptr;
+  if (c.attn_bias) {
+    const long first = q.b * c.attn_bias_batch + q.h * c.attn_bias_head + q.token * c.attn_bias_query +
+                       (c.kv_bounds[keys.block] + from) * c.attn_bias_key;
+    mask.bias = static_cast<const char*>(c.attn_bias) + first * (c.attn_bias_bool ? 1 : 4);
+    mask.bias_is_bool = c.attn_bias_bool != 0;
+    mask.bias_query = c.attn_bias_query, mask.bias_key = c.attn_bias_key;
+    mask.queries = q.count;
+  }
   return true;
 }
 

@@ -44,12 +44,28 @@ struct TileMask {
   const uint8_t* padding;      // of the tile's first key, or null
   const int32_t* key_segment;  // of the tile's first key, or null
   const int32_t* query_segment;
-  bool any() const { return band || padding || key_segment; }
+  const char* bias;            // attn_bias of the tile's first pair, or null
+  bool bias_is_bool;
+  long bias_query, bias_key;   // strides in elements
+  long queries;                // lanes that hold a query
+  bool any() const { return band || padding || key_segment || bias; }
 };
+
+// One vector of scores of key n with attn_bias applied.
+template <class V>
+BSA_INLINE typename V::f biased(typename V::f x, const TileMask& t, long n, long lane) {
+  float values[V::W];
+  for (long l = 0; l < V::W; ++l) {
+    const long q = lane + l < t.queries ? lane + l : t.queries - 1, at = q * t.bias_query + n * t.bias_key;
+    values[l] = !t.bias_is_bool ? reinterpret_cast<const float*>(t.bias)[at] : t.bias[at] ? 0.f : -kInf;
+  }
+  const typename V::f b = V::load(values);
+  return t.bias_is_bool ? V::if_equal(b, -kInf, b, x) : V::add(x, b);
+}
 
 BSA_INLINE int clamp_lane(long x, int lanes) { return x < -1 ? -1 : x > lanes ? lanes : int(x); }
 
-// Writes -inf over masked scores and recomputes the lane maxima.
+// Adds attn_bias, writes -inf over masked scores and recomputes the lane maxima.
 template <class V, int MV>
 __attribute__((noinline)) void mask_scores(float* s, long rows, const TileMask& t, float* peak) {
   constexpr int L = MV * V::W;
@@ -63,7 +79,9 @@ __attribute__((noinline)) void mask_scores(float* s, long rows, const TileMask& 
     const int hi = clamp_lane(key - t.band_lo - t.query0, L);
     for (int j = 0; j < MV; ++j) {
       float* p = s + n * L + j * V::W;
-      typename V::f x = V::keep_range(V::load(p), lo, hi, j * V::W, never);
+      typename V::f x = V::load(p);
+      if (t.bias) x = biased<V>(x, t, n, j * V::W);
+      x = V::keep_range(x, lo, hi, j * V::W, never);
       if (t.key_segment) x = V::keep_equal(x, t.query_segment + j * V::W, t.key_segment[n], never);
       V::store(p, x);
       top[j] = V::max(x, top[j]);

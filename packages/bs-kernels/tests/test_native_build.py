@@ -63,7 +63,7 @@ def no_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     [
         ({"device": "cuda"}, "CPU"),
         ({"dtype": torch.float64}, "float64"),
-        ({"attn_bias": "bool"}, "attn_bias"),
+        ({"attn_bias": "float", "attn_bias_grad": True}, "attn_bias"),
         ({"dropout": True}, "dropout"),
         ({"paged": True, "backward": True}, "paged"),
     ],

@@ -43,6 +43,7 @@ class Case:
     segments: bool = False
     sinks: bool = False
     block_bias: tuple[bool, bool] | None = None  # per batch element, per head
+    attn_bias: tuple[str, tuple[bool, bool, bool, bool]] | None = None  # bool or float, and which dims do not broadcast
     logits: float = 1.0
     seed: int = 0
 
@@ -70,7 +71,16 @@ class Case:
             kv_segments=ids(kv_len) if self.segments else None,
             sinks=torch.randn(heads, generator=draw) if self.sinks else None,
             block_bias=self._bias(int(layout.nnz), draw),
+            attn_bias=self._attn_bias(draw),
         )
+
+    def _attn_bias(self, draw: torch.Generator) -> Tensor | None:
+        if self.attn_bias is None:
+            return None
+        kind, whole = self.attn_bias
+        sizes = (self.batch, self.kv_heads * self.group, *self.seq_len)
+        bias = torch.randn(*(n if keep else 1 for n, keep in zip(sizes, whole, strict=True)), generator=draw)
+        return bias > -0.5 if kind == "bool" else bias
 
     def _bias(self, entries: int, draw: torch.Generator) -> Tensor | None:
         if self.block_bias is None:
@@ -98,6 +108,7 @@ def cases(draw: st.DrawFn) -> Case:
         padding=draw(st.booleans()),
         segments=draw(st.booleans()),
         sinks=draw(st.booleans()),
+        attn_bias=draw(st.none() | st.tuples(st.sampled_from(("bool", "float")), st.tuples(*[st.booleans()] * 4))),
         block_bias=draw(st.none() | st.tuples(st.booleans(), st.booleans())),
         logits=draw(st.sampled_from((1.0, 1.0, 30.0))),
         seed=draw(st.integers(0, 2**16)),
@@ -107,7 +118,12 @@ def cases(draw: st.DrawFn) -> Case:
 def doubled(call: Call) -> Call:
     sinks = None if call.sinks is None else call.sinks.double()
     bias = None if call.block_bias is None else call.block_bias.double()
-    return replace(call, q=call.q.double(), k=call.k.double(), v=call.v.double(), sinks=sinks, block_bias=bias)
+    attn_bias = call.attn_bias
+    if attn_bias is not None and attn_bias.dtype != torch.bool:
+        attn_bias = attn_bias.double()
+    return replace(
+        call, q=call.q.double(), k=call.k.double(), v=call.v.double(), sinks=sinks, block_bias=bias, attn_bias=attn_bias
+    )
 
 
 def backward_inputs(call: Call, dout: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,6 +236,8 @@ EDGES = {
     "per head": replace(PLAIN, per_head=True),
     "block bias": replace(PLAIN, block_bias=(True, True), per_head=True),
     "shared block bias": replace(PLAIN, block_bias=(False, False), sinks=True, mask=TokenMask(causal=True)),
+    "mask of pairs": replace(PLAIN, attn_bias=("bool", (True, True, True, True))),
+    "bias of keys": replace(PLAIN, attn_bias=("float", (False, False, False, True)), mask=TokenMask(causal=True)),
     "logits of 1e4": replace(PLAIN, logits=1e4),
 }
 

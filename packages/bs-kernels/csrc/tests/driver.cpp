@@ -67,7 +67,8 @@ struct Problem {
       kv_start, q_segments, kv_segments, pages;
   std::vector<uint8_t> padding;
   std::vector<float> sinks;
-  std::vector<float> bias;
+  std::vector<float> bias, attn_bias;
+  std::vector<uint8_t> attn_mask;
   std::vector<bool> active;    // [layouts, heads, q_blocks, kv_blocks]
   std::vector<int32_t> slots;  // of the active ones
   long place(long b, long h, long i, long j) const {
@@ -144,6 +145,19 @@ Problem make(Rng& g) {
   }
   c.bias_entries = long(p.indices.size());
   if (chance(g, .3)) {
+    // One plane per query head; the batch broadcasts, and so may the queries.
+    const long queries = chance(g, .5) ? c.q_len : 1, n = c.q_heads * queries * c.kv_len;
+    c.attn_bias_bool = chance(g, .5);
+    for (long x = 0; x < n; ++x) {
+      if (c.attn_bias_bool)
+        p.attn_mask.push_back(chance(g, .7));
+      else
+        p.attn_bias.push_back(float(uniform(g, -8, 8)) / 4);
+    }
+    c.attn_bias = c.attn_bias_bool ? static_cast<const void*>(p.attn_mask.data()) : p.attn_bias.data();
+    c.attn_bias_head = queries * c.kv_len, c.attn_bias_query = queries > 1 ? c.kv_len : 0, c.attn_bias_key = 1;
+  }
+  if (chance(g, .3)) {
     for (long n = 0; n < c.batch * c.q_heads * c.bias_entries; ++n) p.bias.push_back(float(uniform(g, -8, 8)) / 4);
     c.block_bias = p.bias.data(), c.bias_batch = c.q_heads * c.bias_entries, c.bias_head = c.bias_entries;
   }
@@ -182,12 +196,14 @@ Answer define(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& 
               const long distance = c.kv_start[j] + n - c.kv_bounds[j] - (c.q_start[i] + t - c.q_bounds[i]);
               const bool kept = p.is_active(b, h, i, j) && distance >= c.band_lo && distance <= c.band_hi &&
                                 (!c.key_padding || c.key_padding[b * c.kv_len + n]) &&
+                                (!c.attn_bias_bool || p.attn_mask[h * c.attn_bias_head + t * c.attn_bias_query + n]) &&
                                 (!c.q_segments || c.q_segments[b * c.q_len + t] == c.kv_segments[b * c.kv_len + n]);
               s[n] = -INFINITY;
               if (!kept) continue;
               s[n] = 0;
               for (long d = 0; d < c.dim; ++d) s[n] += q.get(b, t, h, d) * k.get(b, n, kh, d);
               s[n] = s[n] * c.scale + p.bias_at(b, h, i, j);
+              if (!p.attn_bias.empty()) s[n] += p.attn_bias[h * c.attn_bias_head + t * c.attn_bias_query + n];
               top = s[n] > top ? s[n] : top;
             }
           if (top == -INFINITY) continue;

@@ -18,7 +18,7 @@ from bs_memory import default_pool
 __all__ = ["ISA_NAMES", "CoreCall", "CoreTensor", "NativeCore", "NativeUnavailableError", "load", "missing_reason"]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 3
+ABI_VERSION = 4
 #: Instruction sets by their number in csrc/call.h, slowest first.
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
 
@@ -65,6 +65,8 @@ class CoreCall(ctypes.Structure):
         ("block_bias", ctypes.c_void_p),
         ("dblock_bias", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("bias_batch", "bias_head", "bias_entries")),
+        ("attn_bias", ctypes.c_void_p),
+        *((f"attn_bias_{name}", ctypes.c_int64) for name in ("bool", "batch", "head", "query", "key")),
         *((name, CoreTensor) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("lse", "delta", "workspace")),
         ("workspace_bytes", ctypes.c_int64),

@@ -31,8 +31,8 @@ class NativeBackend:
             reasons.append(
                 f"it computes float32, bfloat16 and float16, not {str(problem.dtype).removeprefix('torch.')}"
             )
-        if problem.attn_bias is not None:
-            reasons.append("it has no attn_bias")
+        if problem.attn_bias_grad:
+            reasons.append("it has no gradient of attn_bias")
         if problem.dropout:
             reasons.append("it has no dropout")
         if problem.paged and problem.backward:
@@ -66,7 +66,7 @@ class NativeBackend:
             core, args, keep = _arguments(call, grad_dtype)
             args.dout = _tensor(dout.to(call.q.dtype), keep)
             args.dq, args.dk, args.dv = (_tensor(t, keep) for t in (dq, dk, dv))
-            args.lse, args.delta = lse.data_ptr(), delta.data_ptr()
+            args.lse, args.delta = _keep(lse, keep), _keep(delta, keep)
             if dbias is not None:
                 args.dblock_bias = dbias.data_ptr()
             core.run("backward", args)
@@ -133,6 +133,15 @@ def _arguments(call: Call, result_dtype: torch.dtype) -> tuple[_native_lib.Nativ
         entries = args.bias_entries = bias.shape[-1]
         args.bias_head = entries if bias.shape[1] > 1 else 0
         args.bias_batch = bias.shape[1] * entries if bias.shape[0] > 1 else 0
+    if call.attn_bias is not None:
+        bias = call.attn_bias.detach()
+        args.attn_bias_bool = bias.dtype == torch.bool
+        if not args.attn_bias_bool:
+            bias = bias.to(torch.float32)
+        keep.append(bias)
+        strides = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
+        args.attn_bias = bias.data_ptr()
+        args.attn_bias_batch, args.attn_bias_head, args.attn_bias_query, args.attn_bias_key = strides
     if call.page_table is not None:
         args.page_table = _keep(call.page_table, keep)
     return core, args, keep
