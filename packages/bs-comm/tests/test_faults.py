@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bs_comm import ExchangePlan, PackedRing, RingMismatchError, RingPeerError, regroup
 from bs_comm.health import Health, Report, follow
@@ -23,6 +24,7 @@ GRACE = 20.0
 def run_until_failure(rank, world, plan, victim, at_call, at_step, stop):
     """Use the ring until it fails; the victim sends itself the signal in the callback of a chosen step."""
     x = torch.ones(1, int(plan.kv_placement.lengths[rank]), plan.kv_heads, 4)
+    dist.barrier()  # The first import takes some ranks longer than the hop timeout of this test.
     ring = PackedRing(plan, batch=1, head_dim=4, hop_timeout=HOP_TIMEOUT)
     call = 0
 
@@ -71,6 +73,7 @@ def test_every_survivor_names_the_victim(world, victim, at_call, at_step, stop):
 
 
 def hang_before_header(rank, world, plan):
+    dist.barrier()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     with pytest.raises(RingPeerError) as caught:
@@ -92,6 +95,7 @@ def redo_after_failure(rank, world, layout, victim, stop):
     """Fail in the middle of a step, regroup, and redo the step from the full tensors over those who are left."""
     plan = ExchangePlan.build(layout, world, "zigzag", 2)
     full = step_tensors(layout)
+    dist.barrier()
     ring = PackedRing(plan, batch=1, head_dim=4, hop_timeout=HOP_TIMEOUT)
 
     def fail(arrival):

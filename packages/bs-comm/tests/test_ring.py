@@ -176,7 +176,7 @@ def test_a_narrow_wire_rounds_what_travels_once(ranks, wire, shared):
             if step == 0:
                 assert torch.equal(got, want)
                 continue
-            # Half a unit in the last place of the element, or of the smallest normal one (for float8, of the scaled row).
+            # Half a unit in the last place of the element, or of the smallest normal one (float8: of the scaled row).
             info = torch.finfo(wire)
             scale = want.abs().amax(-1, keepdim=True) / info.max if wire.itemsize == 1 else torch.ones(())
             bound = 0.5 * info.eps * torch.maximum(want.abs(), scale * info.tiny)

@@ -18,6 +18,8 @@ from typing import Any
 
 #: Seconds between two looks at the store while a rank waits.
 POLL_SECONDS = 0.05
+#: Longest wait for the reports of ranks that are slow, and not dead, before a failure is blamed on somebody.
+PATIENCE = 5.0
 
 
 class RingPeerError(RuntimeError):
@@ -188,7 +190,8 @@ class Health:
                 key = f"{self._prefix}/report/{rank}"
                 if rank not in reports and self._store.check([key]):
                     reports[rank] = _report_of(self._store.get(key))
-            if self._store.check([f"{self._prefix}/verdict"]):
+            silent = set(range(self._world_size)) - set(reports)
+            if silent == {follow(mine, self._rank, reports).peer} or self._store.check([f"{self._prefix}/verdict"]):
                 break
             time.sleep(POLL_SECONDS / 5)
         verdict = json.dumps(asdict(follow(mine, self._rank, reports)))

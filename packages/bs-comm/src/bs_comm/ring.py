@@ -24,7 +24,7 @@ from bs_patterns import BlockLayout
 
 from ._check import boolean, integer, positive
 from ._header import agree
-from .health import Health, Report, RingMismatchError, RingPeerError
+from .health import PATIENCE, Health, Report, RingMismatchError, RingPeerError
 from .plan import ExchangePlan, Traffic
 from .transport import CHANNELS, GRAD, KV, Hop, HopFailed, Transport
 from .wire import FLOAT8, RowSet, StepWire, wires_of
@@ -32,8 +32,6 @@ from .wire import FLOAT8, RowSet, StepWire, wires_of
 Int64 = NDArray[np.int64]
 
 DEFAULT_HOP_TIMEOUT = 60.0
-#: Longest wait for other ranks' reports before a failure is blamed on somebody.
-_PATIENCE = 1.0
 #: Buffers of failed rings: a peer that wakes up may still write into them, so they are never used again.
 _QUARANTINE: list[Any] = []
 #: Rings made per group and channel; every group starts anew.
@@ -93,7 +91,8 @@ class PackedRing:
         pool: Where buffers are leased; default `bs_memory.default_pool()`.
         wire_dtype: Send K and V in this dtype instead, rounded once: bfloat16 or float16, half the bytes of float32; or
             float8_e4m3fn, with a float32 scale for each row of K and of V, a quarter and a little.
-        hop_timeout: Seconds that one transfer may take before the ring is given up.
+        hop_timeout: Seconds that one transfer may take before the ring is given up; agreeing on whom to blame takes up
+            to as long again, and 5 s at most.
         channel: Tells rings of one group apart that run in different threads; gloo needs a channel per thread, NCCL a
             group per thread.
 
@@ -233,7 +232,7 @@ class PackedRing:
         steps = len(self._wires) - 1
         for step in (1, 2):
             if step <= steps and kept is None:
-                fetched[step] = self._fetch(step, k, v)
+                fetched[step] = self._fetch(step, k, v, phase)
         if self._reads(0):
             shares = on_arrival(self._arrival(0, k, v))
             if home is not None:
@@ -253,13 +252,13 @@ class PackedRing:
                 returned[step] = self._send_home(step, shares)
             self._transport.wait(put, phase)
             if step + 2 <= steps and kept is None:
-                fetched[step + 2] = self._fetch(step + 2, k, v)
+                fetched[step + 2] = self._fetch(step + 2, k, v, phase)
         if home is not None:
             self._welcome(steps - 1, returned, home)
             self._welcome(steps, returned, home)
         self._commit(phase, kept is not None)
 
-    def _fetch(self, step: int, k: Tensor, v: Tensor) -> tuple[Hop | None, Hop | None]:
+    def _fetch(self, step: int, k: Tensor, v: Tensor, phase: str) -> tuple[Hop | None, Hop | None]:
         """Pack and post the way out of a step."""
         wire = self._wires[step]
         send = receive = None
@@ -274,7 +273,7 @@ class PackedRing:
             send = (wire.send.peer, buffer)
         if wire.receive is not None:
             receive = (wire.receive.peer, self._message("receive", step, wire.receive))
-        return self._transport.post(KV, step, receive, send)
+        return self._transport.post(KV, step, receive, send, phase)
 
     def _unpack(self, step: int) -> tuple[Tensor, Tensor]:
         """What the step brought, as ``[B, T, H, ·]`` twice."""
@@ -305,7 +304,7 @@ class PackedRing:
             send = (wire.receive.peer, buffer)
         if wire.send is not None:
             receive = (wire.send.peer, self._message("grad_receive", step, wire.send, self.grad_dtype))
-        return self._transport.post(GRAD, step, receive, send)
+        return self._transport.post(GRAD, step, receive, send, "backward")
 
     def _welcome(self, step: int, returned: dict[int, Any], home: tuple[Tensor, Tensor]) -> None:
         """Wait for a step's way home and add what it brought."""
@@ -432,7 +431,7 @@ class PackedRing:
         try:
             yield
         except HopFailed as failed:
-            patience = 0.0 if failed.is_broken else min(_PATIENCE, self._timeout / 2)
+            patience = 0.0 if failed.is_broken else min(PATIENCE, self._timeout)
             self._failure = self._health.conclude(failed.report, patience).error()
             self._give_up()
             raise self._failure from None

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .health import POLL_SECONDS, Health, Report
+from .health import PATIENCE, POLL_SECONDS, Health, Report
 
 #: Kinds of traffic; each has its own tags and counters.
 KV, GRAD, CONTROL = 0, 1, 2
@@ -96,7 +96,7 @@ class Transport:
         self.wait_seconds = 0.0
 
     def post(
-        self, kind: int, step: int, receive: tuple[int, Tensor] | None, send: tuple[int, Tensor] | None
+        self, kind: int, step: int, receive: tuple[int, Tensor] | None, send: tuple[int, Tensor] | None, phase: str
     ) -> tuple[Hop | None, Hop | None]:
         """Start a step's messages, the receive first.
 
@@ -105,21 +105,32 @@ class Transport:
             step: Part of the tag.
             receive: (sender, uint8 buffer) or None.
             send: (receiver, uint8 buffer) or None.
+            phase: For errors.
 
         Returns:
             The two hops, to be waited for; None where there is none.
+
+        Raises:
+            HopFailed: The connection to one of the two is gone.
         """
-        ends = [end for end in ((dist.irecv, receive), (dist.isend, send)) if end[1] is not None]
-        if not ends:
-            return None, None
         tag = (self._channel * _KINDS + kind) * _STEPS + step
-        works = dist.batch_isend_irecv(
-            [dist.P2POp(op, end[1], self._global[end[0]], self._group, tag) for op, end in ends if end is not None]
-        )
-        # NCCL coalesces a batch into one work.
-        hops = iter([works[0], works[-1]][: len(ends)])
-        got = None if receive is None else Hop(kind, True, receive[0], step, receive[1].numel(), next(hops))
-        put = None if send is None else Hop(kind, False, send[0], step, send[1].numel(), next(hops))
+        got = None if receive is None else Hop(kind, True, receive[0], step, receive[1].numel(), None)
+        put = None if send is None else Hop(kind, False, send[0], step, send[1].numel(), None)
+        ops = [
+            (hop, dist.P2POp(op, end[1], self._global[end[0]], self._group, tag))
+            for hop, op, end in ((got, dist.irecv, receive), (put, dist.isend, send))
+            if hop is not None and end is not None
+        ]
+        if self._blocks_host:
+            for hop, op in ops:  # One by one, to know whose connection is gone.
+                try:
+                    (hop.work,) = dist.batch_isend_irecv([op])
+                except RuntimeError as error:
+                    raise HopFailed(hop.report(phase, _one_line(error)), is_broken=True) from error
+        elif ops:
+            works = dist.batch_isend_irecv([op for _, op in ops])  # NCCL makes one work of a batch.
+            for (hop, _), work in zip(ops, (works[0], works[-1]), strict=False):
+                hop.work = work
         return got, put
 
     def wait(self, hop: Hop | None, phase: str) -> None:
@@ -141,7 +152,9 @@ class Transport:
         started = time.monotonic()
         if self._waiter is None:
             self._waiter = _Waiter()
-        self._waiter.start(hop.work, self._timeout)
+        # A wait that times out closes the connection, and a closed connection looks like a dead peer: not before
+        # everybody knows better.
+        self._waiter.start(hop.work, self._timeout + 2 * PATIENCE)
         try:
             while not self._waiter.done.wait(POLL_SECONDS):
                 waited = time.monotonic() - started
@@ -150,9 +163,7 @@ class Transport:
                 if self._health.failure_seen():
                     raise HopFailed(hop.report(phase, "another rank reported a failure while this one was waiting"))
             if self._waiter.error is not None:
-                timed_out = time.monotonic() - started >= self._timeout
-                text = " ".join(str(self._waiter.error).split())[:300]
-                raise HopFailed(hop.report(phase, text), is_broken=not timed_out)
+                raise HopFailed(hop.report(phase, _one_line(self._waiter.error)), is_broken=True)
         except HopFailed:
             self.close()  # The thread may be stuck in this hop until that times out.
             raise
@@ -182,7 +193,7 @@ class Transport:
             outgoing = known[:count].clone().view(-1).view(torch.uint8)
             incoming = torch.empty_like(outgoing)
             source, target = (self._rank + have) % world, (self._rank - have) % world
-            got, put = self.post(CONTROL, round_, (source, incoming), (target, outgoing))
+            got, put = self.post(CONTROL, round_, (source, incoming), (target, outgoing), phase)
             self.wait(got, phase)
             self.wait(put, phase)
             known[have : have + count] = incoming.view(torch.int64).view(count, width)
@@ -194,6 +205,10 @@ class Transport:
         if self._waiter is not None:
             self._waiter.stop()
             self._waiter = None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 class _Waiter:

@@ -1,6 +1,7 @@
 """Oracles, strategies and real processes for testing code that plans or runs an exchange. Needs hypothesis."""
 
 from .attention import dense_attention, ring_attention
+from .links import slow_links
 from .model import model_matchings_hold, model_needs, model_work
 from .ranks import RankError, RankPool
 from .strategies import layouts, owners, plan_cases
@@ -16,4 +17,5 @@ __all__ = [
     "owners",
     "plan_cases",
     "ring_attention",
+    "slow_links",
 ]
