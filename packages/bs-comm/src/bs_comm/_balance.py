@@ -7,6 +7,7 @@ balance better, large ones move less. The counts are integers, so every machine 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._check import positive
-from ._entries import block_tokens, readers, resolve_kv_heads
+from ._entries import block_tokens, first_alike, readers, resolve_kv_heads
 
 if TYPE_CHECKING:
     from bs_patterns import BlockLayout
@@ -49,6 +50,7 @@ def balanced_owner(
     """
     tolerance = positive("tolerance", tolerance, zero=True)
     _, groups = resolve_kv_heads(layout, kv_heads)
+    kinds = Counter(first_alike(layout, groups))
     work = _unit_work(layout, unit)
     limit = int((1 + tolerance) * work.sum() / world_size)
     candidates = list(rules)
@@ -56,14 +58,18 @@ def balanced_owner(
         chunks = per_rank * world_size
         if per_rank > 1 and chunks > min(len(work), CHUNK_LIMIT):
             break
-        candidates.append(_deal(layout, groups, work, world_size, unit, chunks, limit))
+        candidates.append(_deal(layout, groups, kinds, work, world_size, unit, chunks, limit))
         if _busiest(candidates[-1], work, world_size) <= limit:
             break  # Finer chunks of neighbours move more.
     if len(work) <= CHUNK_LIMIT:  # Where keys are far from their queries, single units may find them.
-        candidates.append(_deal(layout, groups, work, world_size, unit, len(work), limit))
+        candidates.append(_deal(layout, groups, kinds, work, world_size, unit, len(work), limit))
     busiest = [max(limit, _busiest(owner, work, world_size)) for owner in candidates]
     best = [owner for owner, most in zip(candidates, busiest, strict=True) if most == min(busiest)]
-    return min(best, key=lambda owner: _moved(layout, groups, owner, world_size, unit)) if len(best) > 1 else best[0]
+    return (
+        min(best, key=lambda owner: _moved(layout, groups, kinds, owner, world_size, unit))
+        if len(best) > 1
+        else best[0]
+    )
 
 
 def _busiest(owner: NDArray[np.integer], work: Int64, world_size: int) -> int:
@@ -76,19 +82,28 @@ def _unit_work(layout: BlockLayout, unit: int) -> Int64:
     return np.add.reduceat(per_row, np.arange(0, len(per_row), unit // layout.block_size[0]))
 
 
-def _moved(layout: BlockLayout, groups: int, owner: NDArray[np.integer], world_size: int, unit: int) -> int:
+def _moved(
+    layout: BlockLayout, groups: int, kinds: Counter[int], owner: NDArray[np.integer], world_size: int, unit: int
+) -> int:
     """(head group, key block) pairs that some rank reads and does not own, counted once per reading rank."""
     row_owner = np.repeat(owner, unit // layout.block_size[0])[: layout.shape[1]]
     column_owner = np.repeat(owner, unit // layout.block_size[1])[: layout.shape[2]]
     moved = 0
-    for group in range(groups):
+    for group, times in kinds.items():
         read = readers(layout, group, groups, row_owner, world_size) > 0
-        moved += int(read.sum()) - int(read[column_owner, np.arange(len(column_owner))].sum())
+        moved += times * (int(read.sum()) - int(read[column_owner, np.arange(len(column_owner))].sum()))
     return moved
 
 
 def _deal(
-    layout: BlockLayout, groups: int, work: Int64, world_size: int, unit: int, chunks: int, limit: int
+    layout: BlockLayout,
+    groups: int,
+    kinds: Counter[int],
+    work: Int64,
+    world_size: int,
+    unit: int,
+    chunks: int,
+    limit: int,
 ) -> NDArray[np.integer]:
     """Deal ``chunks`` consecutive chunks out by work, then swap for affinity; the same number of units for all ± 1."""
     chunks = min(chunks, len(work))
@@ -112,21 +127,21 @@ def _deal(
             share[ranks] += 1
             todo = todo[len(ranks) :]
     if world_size > 1 and chunks <= CHUNK_LIMIT:
-        affinity = _affinity(layout, groups, sizes, unit)
+        affinity = _affinity(layout, groups, kinds, sizes, unit)
         _swap(owner, sizes, load, affinity, world_size, max(limit, int(taken.max())))
     return np.repeat(owner, sizes)
 
 
-def _affinity(layout: BlockLayout, groups: int, sizes: Int64, unit: int) -> Int64:
+def _affinity(layout: BlockLayout, groups: int, kinds: Counter[int], sizes: Int64, unit: int) -> Int64:
     """``int64[chunks, chunks]``: (head group, key block) pairs that two chunks read in each other."""
     chunks = len(sizes)
     row_chunk = np.repeat(np.arange(chunks), sizes * (unit // layout.block_size[0]))[: layout.shape[1]]
     columns = sizes * (unit // layout.block_size[1])
     starts = np.cumsum(columns) - columns
     reads = np.zeros((chunks, chunks), np.int64)
-    for group in range(groups):
+    for group, times in kinds.items():
         read = readers(layout, group, groups, row_chunk, chunks) > 0
-        reads += np.add.reduceat(read, starts, axis=1, dtype=np.int64)
+        reads += times * np.add.reduceat(read, starts, axis=1, dtype=np.int64)
     return reads + reads.T
 
 

@@ -43,11 +43,27 @@ def readers(layout: BlockLayout, group: int, groups: int, part_of_row: NDArray[n
     """
     heads, _, columns = layout.shape
     share = heads // groups
-    indptr = layout.indptr[group * share : (group + 1) * share]
+    indptr, indices = _rows_of(layout, group * share, share)
     base = np.tile(part_of_row.astype(np.int64) * columns, share)
     flat = np.repeat(base, np.diff(indptr, axis=1).ravel())
-    flat += layout.indices[indptr[0, 0] : indptr[-1, -1]]
+    flat += indices
     return np.bincount(flat, minlength=parts * columns).reshape(parts, columns)
+
+
+def first_alike(layout: BlockLayout, groups: int) -> list[int]:
+    """For each head group the first one with the same rows: patterns often give every head the same layout."""
+    share = layout.shape[0] // groups
+    first = [0] * groups
+    for group in range(1, groups):
+        mine, kept = (_rows_of(layout, g * share, share) for g in (group, first[group - 1]))
+        alike = np.array_equal(mine[0], kept[0]) and np.array_equal(mine[1], kept[1])
+        first[group] = first[group - 1] if alike else group
+    return first
+
+
+def _rows_of(layout: BlockLayout, head: int, heads: int) -> tuple[Int64, NDArray[np.int32]]:
+    indptr = layout.indptr[head : head + heads]
+    return indptr - indptr[0, 0], layout.indices[indptr[0, 0] : indptr[-1, -1]]
 
 
 def block_tokens(seq_len: int, block_size: int) -> Int64:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ._entries import block_tokens, readers
+from ._entries import block_tokens, first_alike, readers
 
 if TYPE_CHECKING:
     from bs_patterns import BlockLayout
@@ -37,23 +37,33 @@ class Needs:
 
 def needs_of_layout(layout: BlockLayout, groups: int, q_owner: Ranks, kv_owner: Ranks, world: int) -> Needs:
     """Scan a layout once per head group."""
-    _, _, columns = layout.shape
+    columns = layout.shape[2]
     tokens = block_tokens(layout.seq_len[1], layout.block_size[1])
     by_owner = np.argsort(kv_owner, kind="stable")
     owners, first = np.unique(kv_owner[by_owner], return_index=True)
     work = np.zeros((world, world), np.int64)
     needed = np.zeros(world, np.int64)
     pairs, items = [], []
-    for group in range(groups):
+    scanned: dict[int, tuple[Int64, Int64, Int64, Int64]] = {}
+
+    def scan(group: int) -> tuple[Int64, Int64, Int64, Int64]:
+        """Work by (present owner, reader), rows needed, and (pair, block) of every need."""
         count = readers(layout, group, groups, q_owner, world)
         area = count[:, by_owner] * (tokens[by_owner] * layout.block_size[0])
-        work[owners] += np.add.reduceat(area, first, axis=1).T
         remote = count > 0
         remote[kv_owner, np.arange(columns)] = False
-        needed += remote @ tokens
         receiver, place = np.nonzero(remote[:, by_owner])
         block = by_owner[place]
-        pairs.append(kv_owner[block].astype(np.int64) * world + receiver)
+        pair = kv_owner[block].astype(np.int64) * world + receiver
+        return np.add.reduceat(area, first, axis=1).T, remote @ tokens, pair, block
+
+    for group, alike in enumerate(first_alike(layout, groups)):
+        if alike not in scanned:
+            scanned = {group: scan(group)}
+        group_work, group_needed, pair, block = scanned[alike]
+        work[owners] += group_work
+        needed += group_needed
+        pairs.append(pair)
         items.append(block + group * columns)
     _shorten_last_row(layout, work, q_owner, kv_owner, tokens)
     pair = np.concatenate(pairs)
