@@ -140,10 +140,15 @@ class Backward {
     const long lanes = t.lanes(), size = element_size(c_.dtype);
     const char* q = at(c_.q, c_.dtype, b, first, h);
     const char* g = at(c_.dout, c_.dtype, b, first, h);
-    load_panel<V>(q, c_.q.token * size, c_.dtype, count, c_.dim, t.query_panel, lanes, scratch);
-    load_panel<V>(g, c_.dout.token * size, c_.dtype, count, c_.v_dim, t.dout_panel, lanes, scratch);
     load_rows_paired<V>(q, c_.q.token * size, c_.dtype, count, c_.dim, t.query_rows, d_pad_);
     load_rows_paired<V>(g, c_.dout.token * size, c_.dtype, count, c_.v_dim, t.dout_rows, v_pad_);
+    if constexpr (V::PAIR == 1) {
+      transpose_rows<V>(t.query_rows, d_pad_, count, t.query_panel, lanes);
+      transpose_rows<V>(t.dout_rows, v_pad_, count, t.dout_panel, lanes);
+    } else {
+      load_panel<V>(q, c_.q.token * size, c_.dtype, count, c_.dim, t.query_panel, lanes, scratch);
+      load_panel<V>(g, c_.dout.token * size, c_.dtype, count, c_.v_dim, t.dout_panel, lanes, scratch);
+    }
     const long x = (b * c_.q_heads + h) * c_.q_len + first;
     for (long l = 0; l < lanes; ++l) {
       const bool live = l < count && c_.lse[x + l] != -kInf;

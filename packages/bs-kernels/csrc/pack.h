@@ -54,7 +54,10 @@ BSA_INLINE void store_row(const float* src, int dtype, long n, void* dst) {
     std::memcpy(dst, src, size_t(n) * 4);
   } else if (dtype == BSA_BF16) {
     uint16_t* p = static_cast<uint16_t*>(dst);
-    for (long i = 0; i < n; ++i) {
+    long i = 0;
+    if constexpr (V::PAIR == 2)
+      for (; i + V::W <= n; i += V::W) V::store_bf16(p + i, V::load(src + i));
+    for (; i < n; ++i) {
       uint32_t bits;
       std::memcpy(&bits, src + i, 4);
       const uint32_t quiet = (bits >> 16) | 0x40;
@@ -88,6 +91,14 @@ void load_panel(const char* src, long row_bytes, int dtype, long count, long n, 
     }
     for (long x = 0; x < padded; x += V::W) V::transpose(scratch + x, padded, panel + x * lanes + l, lanes);
   }
+}
+
+// The same from rows that load_rows_paired has already brought to f32 (PAIR 1); clears the missing ones.
+template <class V>
+void transpose_rows(float* rows, long padded, long count, float* panel, long lanes) {
+  if (count < lanes) std::memset(rows + count * padded, 0, size_t((lanes - count) * padded) * 4);
+  for (long l = 0; l < lanes; l += V::W)
+    for (long x = 0; x < padded; x += V::W) V::transpose(rows + l * padded + x, padded, panel + x * lanes + l, lanes);
 }
 
 // panel[value][lane] in f32, times factor[lane] -> `count` rows of `n` elements.
