@@ -65,11 +65,9 @@ def balanced_owner(
         candidates.append(_deal(layout, groups, kinds, work, world_size, unit, len(work), limit))
     busiest = [max(limit, _busiest(owner, work, world_size)) for owner in candidates]
     best = [owner for owner, most in zip(candidates, busiest, strict=True) if most == min(busiest)]
-    return (
-        min(best, key=lambda owner: _moved(layout, groups, kinds, owner, world_size, unit))
-        if len(best) > 1
-        else best[0]
-    )
+    if len(best) == 1:
+        return best[0]
+    return min(best, key=lambda owner: _moved(layout, groups, kinds, owner, world_size, unit))
 
 
 def _busiest(owner: NDArray[np.integer], work: Int64, world_size: int) -> int:
