@@ -336,6 +336,20 @@ def call_with(rank, world, plan, k, v):
     PackedRing(plan, batch=1, head_dim=4).forward(k, v, lambda arrival: None)
 
 
+def wrong_on_one_rank(rank, world, plan):
+    x = torch.zeros(1, int(plan.kv_placement.lengths[rank]) + (rank == 1), 1, 4)
+    with pytest.raises(ValueError if rank == 1 else RingPeerError) as caught:
+        PackedRing(plan, batch=1, head_dim=4, hop_timeout=30).forward(x, x, lambda arrival: None)
+    return str(caught.value)
+
+
+def test_a_wrong_tensor_on_one_rank_holds_nobody_up(ranks):
+    first, second = ranks.run(wrong_on_one_rank, ExchangePlan.build(None, 2, seq_len=16, block_size=4), world_size=2)
+    assert second.startswith("k: expected shape (1, 8, 1, 4)")
+    assert "rank 1 failed in forward" in first
+    assert "ValueError on this rank: k: expected shape" in first
+
+
 @pytest.mark.parametrize(
     ("k", "v", "error", "message"),
     [
@@ -379,7 +393,7 @@ def test_misuse_is_told():
         ring.backward(x, x, lambda arrival: None)
     with pytest.raises(ValueError, match="on_arrival: expected dv of shape"):
         ring.backward(x, x, lambda arrival: (x, x[:, :3]))
-    with pytest.raises(ValueError, match=r"kept: expected arrivals of steps \[\], as forward returned them, got \[1\]"):
+    with pytest.raises(ValueError, match=r"kept: expected arrivals of steps \[\], as forward gave them, got \[1\]"):
         ring.backward(x, x, lambda arrival: (x, x), kept={1: (x, x)})
     with pytest.raises(RuntimeError, match="expected one call at a time"):
         ring.forward(x, x, lambda arrival: ring.forward(x, x, print))

@@ -26,7 +26,7 @@ from ._check import boolean, integer, positive
 from ._header import agree
 from .health import PATIENCE, Health, Report, RingMismatchError, RingPeerError
 from .plan import ExchangePlan, Traffic
-from .transport import CHANNELS, GRAD, KV, Hop, HopFailed, Transport
+from .transport import CHANNELS, GRAD, KV, STEPS, Hop, HopFailed, Transport
 from .wire import FLOAT8, RowSet, StepWire, wires_of
 
 Int64 = NDArray[np.int64]
@@ -91,8 +91,8 @@ class PackedRing:
         pool: Where buffers are leased; default `bs_memory.default_pool()`.
         wire_dtype: Send K and V in this dtype instead, rounded once: bfloat16 or float16, half the bytes of float32; or
             float8_e4m3fn, with a float32 scale for each row of K and of V, a quarter and a little.
-        hop_timeout: Seconds that one transfer may take before the ring is given up; agreeing on whom to blame takes up
-            to as long again, and 5 s at most.
+        hop_timeout: Seconds to wait for one transfer before the ring is given up; must be longer than any callback
+            takes on another rank. Agreeing on whom to blame takes up to as long again, and 5 s at most.
         channel: Tells rings of one group apart that run in different threads; gloo needs a channel per thread, NCCL a
             group per thread.
 
@@ -126,6 +126,8 @@ class PackedRing:
         if not isinstance(plan, ExchangePlan) or plan.is_transposed:
             raise ValueError(f"plan: expected a forward ExchangePlan, got {plan!r}")
         self.plan = plan
+        if plan.num_steps > STEPS:
+            raise ValueError(f"plan: expected at most {STEPS} steps, got {plan.num_steps}")
         self._batch = integer("batch", batch)
         key_dim = integer("head_dim", head_dim)
         self._dims = (key_dim, key_dim if value_head_dim is None else integer("value_head_dim", value_head_dim))
@@ -176,7 +178,6 @@ class PackedRing:
             RingPeerError: A peer failed; on every survivor, also on those that have seen all their arrivals.
             ValueError: Tensors of another shape, dtype or device than the ring was made for.
         """
-        k, v = self._operand("k", k, 0), self._operand("v", v, 1)
         came: Kept | None = {} if boolean("keep", keep) else None
 
         def show(arrival: Arrival) -> None:
@@ -185,7 +186,7 @@ class PackedRing:
             on_arrival(arrival)
 
         with self._call("forward"):
-            self._exchange("forward", k, v, show, None, None)
+            self._exchange("forward", self._operand("k", k, 0), self._operand("v", v, 1), show, None, None)
         return came
 
     @torch.no_grad()
@@ -208,14 +209,14 @@ class PackedRing:
             RingPeerError: As in `forward`.
             ValueError: As in `forward`, or gradients of another shape or dtype.
         """
-        k, v = self._operand("k", k, 0), self._operand("v", v, 1)
-        came = [wire.step for wire in self._wires if wire.receive is not None]
-        if kept is not None and sorted(kept) != came:
-            raise ValueError(f"kept: expected arrivals of steps {came}, as forward returned them, got {sorted(kept)}")
-        grads = tuple(torch.zeros(x.shape, dtype=self.grad_dtype, device=self._device) for x in (k, v))
         with self._call("backward"):
-            self._exchange("backward", k, v, on_arrival, (grads[0], grads[1]), kept)
-        return grads[0], grads[1]
+            k, v = self._operand("k", k, 0), self._operand("v", v, 1)
+            came = [wire.step for wire in self._wires if wire.receive is not None]
+            if kept is not None and sorted(kept) != came:
+                raise ValueError(f"kept: expected arrivals of steps {came}, as forward gave them, got {sorted(kept)}")
+            dk, dv = (torch.zeros(x.shape, dtype=self.grad_dtype, device=self._device) for x in (k, v))
+            self._exchange("backward", k, v, on_arrival, (dk, dv), kept)
+        return dk, dv
 
     def _exchange(
         self,
@@ -502,7 +503,10 @@ def _membership(group: Any, world: int) -> tuple[int, Any]:
     size = dist.get_world_size(group)
     if size != world:
         raise ValueError(f"group: expected {world} ranks as in the plan, got a group of {size}")
-    return (0, None) if world == 1 else (dist.get_rank(group), group)
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group: expected one that this process is a member of, got another")
+    return (0, None) if world == 1 else (rank, group)
 
 
 def _health_of(group: Any, channel: int, rank: int, world: int) -> tuple[Health, int]:

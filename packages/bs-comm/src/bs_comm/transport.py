@@ -20,9 +20,9 @@ from .health import PATIENCE, POLL_SECONDS, Health, Report
 KV, GRAD, CONTROL = 0, 1, 2
 _KINDS = 3
 #: Steps that fit into a tag.
-_STEPS = 1 << 12
+STEPS = 1 << 12
 #: Rings of one group that can be told apart (tags are 32-bit).
-CHANNELS = (1 << 31) // (_KINDS * _STEPS)
+CHANNELS = (1 << 31) // (_KINDS * STEPS)
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Transport:
         Raises:
             HopFailed: The connection to one of the two is gone.
         """
-        tag = (self._channel * _KINDS + kind) * _STEPS + step
+        tag = (self._channel * _KINDS + kind) * STEPS + step % STEPS
         got = None if receive is None else Hop(kind, True, receive[0], step, receive[1].numel(), None)
         put = None if send is None else Hop(kind, False, send[0], step, send[1].numel(), None)
         ops = [
