@@ -18,7 +18,7 @@ lint:
 	$(RUN) pyright
 
 test:  ## what the README names
-	uv run python -m pytest
+	uv run python -m pytest --durations=15
 
 isolated:  ## each package alone, with what it declares and nothing else
 	for package in $(PACKAGES); do \
@@ -27,7 +27,7 @@ isolated:  ## each package alone, with what it declares and nothing else
 	done
 
 sanitize:  ## the native core under the address and undefined-behaviour sanitizers
-	$(RUN) python tools/sanitize_native.py
+	BS_KERNELS_SANITIZE=1 $(RUN) python -m pytest -q packages/bs-kernels/tests/test_native_sanitizers.py
 
 docs:
 	$(RUN) sphinx-build -W --keep-going -q -b html docs docs/_build/html

@@ -44,9 +44,19 @@ def _edit(path: Path, old: str, new: str) -> None:
         ("packages/bs-patterns/src/bs_patterns/__init__.py", '"0.1.0"', '"0.1.1"', "__version__ says"),
         ("packages/bs-patterns/CHANGELOG.md", "## 0.1.0", "## 0.0.9", "newest CHANGELOG entry"),
         ("packages/bs-memory/pyproject.toml", "torch>=2.11", "torch>=2.0", "torch requirement differs"),
-        ("packages/bs-memory/pyproject.toml", 'requires-python = ">=3.11"', 'requires-python = ">=3.9"', "requires-python"),
+        (
+            "packages/bs-memory/pyproject.toml",
+            'requires-python = ">=3.11"',
+            'requires-python = ">=3.9"',
+            "requires-python",
+        ),
         ("pyproject.toml", '"bs-memory",', "", "does not depend on bs-memory"),
-        ("pyproject.toml", "[tool.uv]", '[[tool.uv.index]]\nurl = "https://example.org/simple"\n[tool.uv]', "package index"),
+        (
+            "pyproject.toml",
+            "[tool.uv]",
+            '[[tool.uv.index]]\nurl = "https://example.org/simple"\n[tool.uv]',
+            "package index",
+        ),
     ],
 )
 def test_a_broken_manifest_is_found(copy, file, old, new, complaint):

@@ -20,7 +20,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 REQUIRED_FILES = ("README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
 # What a manifest may not name: the lock alone knows where packages come from.
-INDEX_KEYS = re.compile(r"https?://[^\s\"']*(?:/simple\b|pypi|pythonhosted)|(?:extra-)?index-url|\[\[tool\.uv\.index", re.I)
+INDEX_KEYS = re.compile(
+    r"https?://[^\s\"']*(?:/simple\b|pypi|pythonhosted)|(?:extra-)?index-url|\[\[tool\.uv\.index", re.IGNORECASE
+)
 
 
 def load_manifests(root: Path) -> dict[str, dict[str, Any]]:
@@ -52,8 +54,7 @@ def check_versions(root: Path, name: str, manifest: dict[str, Any]) -> Iterator[
     declared = [
         ast.literal_eval(node.value)
         for node in tree.body
-        if isinstance(node, ast.Assign)
-        and any(isinstance(t, ast.Name) and t.id == "__version__" for t in node.targets)
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__version__" for t in node.targets)
     ]
     if declared != [version]:
         yield f"{name}: pyproject says version {version}, __version__ says {declared or 'nothing'}"

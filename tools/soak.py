@@ -19,7 +19,10 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "--timeout=3600"]
 JOBS: list[tuple[str, list[str]]] = [
     ("patterns: properties", [*PYTEST, "packages/bs-patterns"]),
     ("memory: state machine, threads, hard limits", [*PYTEST, "packages/bs-memory"]),
-    ("memory: 8 threads for a minute", [sys.executable, "tools/bench_memory.py", "--only", "hammer", "--seconds", "60"]),
+    (
+        "memory: 8 threads for a minute",
+        [sys.executable, "tools/bench_memory.py", "--only", "hammer", "--seconds", "60"],
+    ),
     ("kernels: oracle over the whole argument space", [*PYTEST, "packages/bs-kernels"]),
     ("comm: plans", [*PYTEST, "packages/bs-comm"]),
     ("modules: kill and resume", [*PYTEST, "packages/bs-modules"]),
