@@ -18,7 +18,7 @@ lint:
 	$(RUN) pyright
 
 test:  ## what the README names
-	uv run python -m pytest --durations=15
+	uv run python -m pytest
 
 isolated:  ## each package alone, with what it declares and nothing else
 	for package in $(PACKAGES); do \
