@@ -291,8 +291,8 @@ class CacheMachine(RuleBasedStateMachine):
         stats = self.cache.stats()
         assert (stats.entries, stats.bytes_held) == (len(held), sum(held.values()))
         assert stats.hits + stats.misses == self.lookups
-        assert [key for key, _ in self.cache._probation] == list(self.probation)
-        assert [key for key, _ in self.cache._protected] == list(self.protected)
+        assert [key for key, _ in self.cache._segments.probation] == list(self.probation)
+        assert [key for key, _ in self.cache._segments.protected] == list(self.protected)
 
 
 TestCacheMachine = CacheMachine.TestCase
@@ -414,7 +414,7 @@ def test_hammering_keeps_the_books():
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(hammer, range(8)))
     stats = cache.stats()
-    assert stats.bytes_held == sum(entry.nbytes for entry in (*cache._probation.values(), *cache._protected.values()))
+    assert stats.bytes_held == sum(entry.nbytes for _, entry in cache._segments.coldest_first())
     assert stats.entries <= 5
     assert stats.high_water_bytes <= 40
     assert not cache._flights
@@ -536,6 +536,15 @@ def test_invalidation_reaches_every_device_or_one():
     assert cache.invalidate("key") == 0
 
 
+def test_a_finaliser_that_strikes_under_the_lock_may_use_the_cache():
+    cache = new_cache(max_entries=2)
+    with cache._lock:
+        for key in range(4):
+            assert cache.get_or_build(key, lambda key=key: key) == key
+        cache.invalidate(3)
+    assert cache.stats().entries == 1
+
+
 def test_a_destructor_may_call_the_cache():
     cache = new_cache(max_entries=1)
 
@@ -584,3 +593,15 @@ def test_the_cache_shrinks_under_pressure():
     memory.free = 10
     cache.put("new", 10)
     assert (len(cache), "new" in cache) == (1, True)
+
+
+def test_a_small_working_set_is_not_rebuilt_for_ever_while_memory_is_scarce():
+    memory = FakeMemory(total=1000, free=1000)
+    pressure = MemoryPressure(reader=memory, clock=FakeClock(), interval=0)
+    cache = sized(pressure=pressure)
+    cache.put("large", 80)
+    memory.free = 10
+    for _ in range(3):
+        for key in range(5):
+            cache.get_or_build(key, lambda: 2)
+    assert cache.stats().misses == 5

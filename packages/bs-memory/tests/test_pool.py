@@ -311,6 +311,22 @@ def test_a_budget_full_of_leases_is_an_error_that_says_what_would_fit():
         assert pool.stats().bytes_held <= 4 * KIB
 
 
+def test_the_budget_may_change(pool):
+    idle_addresses(pool, [1 * KIB, 2 * KIB, 4 * KIB])
+    pool.max_bytes = 5 * KIB
+    assert (pool.max_bytes, idle_sizes(pool)) == (5 * KIB, [4 * KIB])
+    lease = pool.lease((4 * KIB,), torch.uint8, "cpu")
+    pool.max_bytes = KIB
+    with pytest.raises(PoolBudgetError):
+        pool.lease((64,), torch.uint8, "cpu")
+    assert lease.tensor.numel() == 4 * KIB
+    lease.release()
+    pool.max_bytes = None
+    idle_addresses(pool, [8 * KIB])
+    with pytest.raises(ValueError, match=r"max_bytes: .*got -1"):
+        pool.max_bytes = -1
+
+
 def test_alignment_slack_counts_against_the_budget():
     with pytest.raises(PoolBudgetError):
         new_pool(max_bytes=4 * KIB, alignment=256).lease((4 * KIB,), torch.uint8, "cpu")
@@ -501,7 +517,7 @@ def test_a_pickled_pool_keeps_its_options_and_no_buffers():
     pool = new_pool(max_bytes=KIB, alignment=128)
     lease = pool.lease((4,), F32, "cpu")
     twin = pickle.loads(pickle.dumps(pool))
-    assert (twin.stats().buffers, twin._options) == (0, pool._options)
+    assert (twin.stats().buffers, twin.max_bytes, twin._options) == (0, KIB, pool._options)
     for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             attempt(lease)

@@ -166,6 +166,19 @@ def test_poison_is_ordered_after_the_work_it_overwrites(fake):
     assert ("main", ("side", 1)) in fake.waits
 
 
+def test_a_device_that_fails_at_release_leaves_no_lease_behind(pool, fake, monkeypatch):
+    lease = lease_address(pool, fake, "main")
+
+    def fail(stream):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(fake, "record", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        lease.release()
+    stats = pool.stats()
+    assert (stats.leases, stats.bytes_held, pool._accounts[torch.device("cpu")].held) == (0, 0, 0)
+
+
 def test_leases_during_capture_belong_to_the_graph(pool, fake):
     address = use_and_release(pool, fake)
     fake.is_capturing = True

@@ -31,7 +31,7 @@ class Account:
     def __init__(self, device: torch.device, max_bytes: int | None) -> None:
         self.device = device
         self.max_bytes = max_bytes
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.buckets: list[Bucket] = []  # appended to under the pool's lock, copied here in one atomic step
         self.abandoned: deque[Block] = deque()  # by Block.__del__, wherever the collector strikes
         self.abandoned_count = 0
@@ -53,12 +53,19 @@ class Account:
         with self.lock:
             self.held -= nbytes
 
+    def set_budget(self, max_bytes: int | None) -> None:
+        """Changes the budget and evicts what is above it; leases above it stay, and nothing new fits until they end."""
+        with self.lock:
+            self.max_bytes = max_bytes
+            excess = 0 if max_bytes is None else self.held - max_bytes
+        self.settle_abandoned()
+        self.evict(excess)
+
     def make_room(self, nbytes: int) -> bool:
         """Books `nbytes`, evicting idle blocks until they fit; False if they cannot."""
         while not self.book(nbytes):
-            assert self.max_bytes is not None
             with self.lock:
-                excess = self.held + nbytes - self.max_bytes
+                excess = 0 if self.max_bytes is None else self.held + nbytes - self.max_bytes
             if not self.evict(excess) and self._nothing_idle():
                 return self.book(nbytes)
         return True
@@ -76,10 +83,6 @@ class Account:
         self.settle_abandoned()
         return self.evict(sum(block.bucket.charge for block in self._idle()) - target_bytes)
 
-    def halve(self) -> int:
-        """Evicts half of the idle bytes; returns the bytes given up."""
-        return self.evict(sum(block.bucket.charge for block in self._idle()) // 2)
-
     def evict(self, nbytes: int) -> int:
         """Gives up idle blocks worth at least `nbytes`, lowest priority first, then oldest; returns the bytes."""
         freed = 0
@@ -90,9 +93,8 @@ class Account:
                 break
             with block.bucket.lock:
                 # It may have been leased or evicted since the list was made.
-                if block not in block.bucket.free or not evictable(block):
+                if not evictable(block) or block.bucket.take(block) is None:
                     continue
-                block.bucket.free.remove(block)
                 self.settle(block, evicted=True)
             freed += block.bucket.charge
             drop(block)
@@ -128,7 +130,7 @@ class Account:
 
     def orphan(self) -> None:
         """In a forked child: everything here belongs to the parent."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         for bucket in self.buckets:
             bucket.orphan()
 

@@ -3,7 +3,7 @@
 import functools
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -16,11 +16,14 @@ from bs_memory._flight import Flight
 from bs_memory._footprint import FakeValueError, footprint, to_device
 from bs_memory._pressure import MemoryPressure, PressureLevel, default_pressure
 from bs_memory._readings import MemoryReading
-from bs_memory._residence import Residence, residences
+from bs_memory._residence import residences
+from bs_memory._segments import Entry, Segments
 from bs_memory._streams import StreamBackend, streams_of
 
 T = TypeVar("T")
-_PROTECTED_SHARE = 0.8  # of either bound; what is left is where newcomers prove themselves
+# Under pressure, the share of the most it ever held that a cache may keep: emptying it would only make its users
+# build everything anew, again and again, while memory stays scarce.
+_KEPT = {PressureLevel.HIGH: 1 / 2, PressureLevel.CRITICAL: 1 / 8}
 _CPU = torch.device("cpu")
 
 
@@ -53,21 +56,6 @@ class CacheStats:
     high_water_bytes: int
 
 
-class _Entry:
-    __slots__ = ("nbytes", "place", "residences", "value")
-
-    def __init__(self, value: Any, nbytes: int, place: torch.device, where: tuple[Residence, ...]) -> None:
-        self.value = value
-        self.nbytes = nbytes
-        self.place = place
-        self.residences = where
-
-    def read(self) -> Any:
-        for residence in self.residences:
-            residence.enter()
-        return self.value
-
-
 class DeviceCache:
     """A thread-safe cache of values per key and device, bounded in bytes and in entries.
 
@@ -90,7 +78,7 @@ class DeviceCache:
         weak_keys: hold keys weakly: an entry goes when its key is collected. Keys must then support weak references,
             and a value that refers to its key keeps it alive.
         pressure: whom to ask before growing: "auto" for `default_pressure()`, None for nobody. At `HIGH` the cache
-            halves what it holds on that device, at `CRITICAL` it gives up all but the value just built.
+            keeps at most half of the most it ever held, at `CRITICAL` an eighth.
         size_of: bytes of a value, instead of the sum over its tensors, arrays and containers.
         streams: `device -> StreamBackend | None`, to test without an accelerator.
 
@@ -98,7 +86,7 @@ class DeviceCache:
         ValueError: if a bound is not positive.
 
     Source:
-        Segmented LRU: Karedla, Love and Wherry, "Caching strategies to improve disk system performance", 1994.
+        Karedla, Love and Wherry, "Caching strategies to improve disk system performance", 1994 (segmented LRU).
     """
 
     def __init__(
@@ -146,17 +134,14 @@ class DeviceCache:
 
     def _start(self) -> None:
         """(Re)creates the lock and every container, empty."""
-        self._lock = threading.Lock()
-        self._probation: OrderedDict[Any, _Entry] = OrderedDict()  # coldest first, as below
-        self._protected: OrderedDict[Any, _Entry] = OrderedDict()
+        self._lock = threading.RLock()
+        self._segments = Segments(self._max_bytes, self._max_entries)
         self._held_for: dict[Any, dict[torch.device | None, Any]] = {}  # key → device → the full key it is held under
         self._flights: dict[Any, Flight] = {}
         # Entries that were removed under the lock; destroyed after it, since a destructor may call this cache.
-        self._trash: deque[_Entry] = deque()
+        self._trash: deque[Entry] = deque()
         self._dead: deque[Any] = deque()  # weak keys whose object is gone, not yet cleared away
-        self._bytes = self._protected_bytes = self._high_water = 0
-        self._hits = self._misses = self._waits = self._failures = 0
-        self._promotions = self._evictions = self._oversize = 0
+        self._hits = self._misses = self._waits = self._failures = self._oversize = 0
 
     # ---------------------------------------------------------------- looking up
 
@@ -243,7 +228,7 @@ class DeviceCache:
         """Stores a value, replacing the one held; a build of the same key under way will not replace it."""
         full = self._full_key(key, device)
         entry = self._entry(full, value)
-        self._relieve_if_needed(entry.place)
+        self._make_room_under_pressure(entry)
         with self._lock:
             self._flights.pop(full, None)
             self._remove(full)
@@ -289,8 +274,8 @@ class DeviceCache:
         with self._lock:
             self._flights.clear()
             self._dead.clear()
-            freed = self._bytes
-            for full in (*self._probation, *self._protected):
+            freed = self._segments.nbytes["all"]
+            for full, _ in self._segments.coldest_first():
                 self._remove(full)
         self._trash.clear()
         return freed
@@ -307,7 +292,7 @@ class DeviceCache:
         """
         if target_bytes < 0:
             raise ValueError(f"target_bytes: expected a number of bytes ≥ 0, got {target_bytes}")
-        return self._shrink(None if device is None else canonical_device(device), lambda held: target_bytes)
+        return self._shrink(None if device is None else canonical_device(device), target_bytes)
 
     def stats(self) -> CacheStats:
         """Counters and bytes, consistent with one another."""
@@ -318,12 +303,12 @@ class DeviceCache:
                 misses=self._misses,
                 waits=self._waits,
                 failures=self._failures,
-                promotions=self._promotions,
-                evictions=self._evictions,
+                promotions=self._segments.promotions,
+                evictions=self._segments.evictions,
                 oversize=self._oversize,
-                entries=len(self._probation) + len(self._protected),
-                bytes_held=self._bytes,
-                high_water_bytes=self._high_water,
+                entries=len(self._segments),
+                bytes_held=self._segments.nbytes["all"],
+                high_water_bytes=self._segments.high_water,
             )
         self._trash.clear()
         return stats
@@ -366,7 +351,7 @@ class DeviceCache:
                 value = build()
             try:
                 entry = self._entry(full, value)
-                self._relieve_if_needed(entry.place)
+                self._make_room_under_pressure(entry)
             except FakeValueError:  # torch.compile is tracing: its stand-ins are good for this caller only
                 entry = None
         except BaseException:
@@ -388,49 +373,24 @@ class DeviceCache:
         self._trash.clear()
         return value
 
-    def _entry(self, full: Any, value: Any) -> _Entry:
+    def _entry(self, full: Any, value: Any) -> Entry:
         nbytes, elsewhere = footprint(value)
         if self._size_of is not None:
             nbytes = self._size_of(value)
         place = full[1] or (elsewhere[0].device if elsewhere else _CPU)
-        return _Entry(value, nbytes, place, residences(elsewhere, self._streams))
+        return Entry(value, nbytes, place, residences(elsewhere, self._streams))
 
     # From here to _bury_dead the caller holds the lock, and clears the trash after letting go of it.
 
-    def _find(self, full: Any) -> _Entry | None:
+    def _find(self, full: Any) -> Entry | None:
         self._bury_dead()
-        entry = self._protected.get(full)
+        stored = self._held_for.get(full[0], {}).get(full[1])
+        entry = None if stored is None else self._segments.hit(stored)
         if entry is not None:
-            self._protected.move_to_end(full)
-        else:
-            entry = self._probation.get(full)
-            if entry is None:
-                return None
-            self._promote(full, entry)
-        self._hits += 1
+            self._hits += 1
         return entry
 
-    def _promote(self, full: Any, entry: _Entry) -> None:
-        entries = None if self._max_entries is None else int(_PROTECTED_SHARE * self._max_entries)
-        nbytes = None if self._max_bytes is None else int(_PROTECTED_SHARE * self._max_bytes)
-        self._probation.move_to_end(full)
-        if entries == 0 or (nbytes is not None and entry.nbytes > nbytes):
-            return
-        self._protected[self._stored_key(full)] = self._probation.pop(full)
-        self._protected_bytes += entry.nbytes
-        self._promotions += 1
-        while (entries is not None and len(self._protected) > entries) or (
-            nbytes is not None and self._protected_bytes > nbytes
-        ):
-            coldest, demoted = self._protected.popitem(last=False)
-            self._protected_bytes -= demoted.nbytes
-            self._probation[coldest] = demoted
-
-    def _stored_key(self, full: Any) -> Any:
-        return self._held_for[full[0]][full[1]]
-
-    def _insert(self, full: Any, entry: _Entry) -> None:
-        """Stores an entry as the newest on probation and evicts what has to go for it."""
+    def _insert(self, full: Any, entry: Entry) -> None:
         self._bury_dead()
         if self._max_bytes is not None and entry.nbytes > self._max_bytes:
             self._oversize += 1
@@ -443,32 +403,18 @@ class DeviceCache:
         elif self._weak_keys:
             head = weakref.ref(head(), self._on_death())
             self._held_for[head] = self._held_for.pop(full[0])
-        siblings[where] = (head, where)
-        self._probation[head, where] = entry
-        self._bytes += entry.nbytes
-        while self._over():
-            self._remove(next(iter(self._probation if len(self._probation) > 1 else self._protected)))
-            self._evictions += 1
-        self._high_water = max(self._high_water, self._bytes)
+        stored = siblings[where] = (head, where)
+        for victim in self._segments.add(stored, entry):
+            self._remove(victim)
 
-    def _over(self) -> bool:
-        if self._max_bytes is not None and self._bytes > self._max_bytes:
-            return True
-        return self._max_entries is not None and len(self._probation) + len(self._protected) > self._max_entries
-
-    def _remove(self, full: Any) -> _Entry | None:
-        entry = self._probation.pop(full, None)
-        if entry is None:
-            entry = self._protected.pop(full, None)
-            if entry is None:
-                return None
-            self._protected_bytes -= entry.nbytes
-        self._bytes -= entry.nbytes
-        siblings = self._held_for[full[0]]
-        del siblings[full[1]]
-        if not siblings:
-            del self._held_for[full[0]]
-        self._trash.append(entry)
+    def _remove(self, full: Any) -> Entry | None:
+        entry = self._segments.remove(full)
+        if entry is not None:
+            siblings = self._held_for[full[0]]
+            del siblings[full[1]]
+            if not siblings:
+                del self._held_for[full[0]]
+            self._trash.append(entry)
         return entry
 
     def _bury_dead(self) -> None:
@@ -486,7 +432,8 @@ class DeviceCache:
             if cache is None:
                 return
             cache._dead.append(head)
-            if cache._lock.acquire(blocking=False):
+            owned = cache._lock._is_owned()  # pyright: ignore[reportAttributeAccessIssue]  (Condition asks this, too)
+            if not owned and cache._lock.acquire(blocking=False):
                 try:
                     cache._bury_dead()
                 finally:
@@ -497,43 +444,35 @@ class DeviceCache:
 
     # ---------------------------------------------------------------- pressure and the process around it
 
-    def _relieve_if_needed(self, device: torch.device) -> None:
+    def _make_room_under_pressure(self, entry: Entry) -> None:
         if self._pressure is not None:
-            level = self._pressure.level(device)
+            level = self._pressure.level(entry.place)
             if level is not PressureLevel.NORMAL:
-                self._relieve(device, level)
+                self._relieve(entry.place, level, entry.nbytes)
 
-    def _relieve(self, device: torch.device, level: PressureLevel) -> None:
-        if level is PressureLevel.CRITICAL:
-            self._shrink(device, lambda held: 0)
-        elif level is PressureLevel.HIGH:
-            self._shrink(device, lambda held: held // 2)
+    def _relieve(self, device: torch.device, level: PressureLevel, coming: int = 0) -> None:
+        if level is not PressureLevel.NORMAL:
+            self._shrink(device, int(_KEPT[level] * self._segments.high_water) - coming)
 
-    def _shrink(self, device: torch.device | None, target: Callable[[int], int]) -> int:
+    def _shrink(self, device: torch.device | None, target_bytes: int) -> int:
         freed = 0
         with self._lock:
             self._bury_dead()
-            rows = [
-                (full, entry)
-                for segment in (self._probation, self._protected)
-                for full, entry in segment.items()
-                if device is None or entry.place == device
-            ]
+            rows = [row for row in self._segments.coldest_first() if device is None or row[1].place == device]
             held = sum(entry.nbytes for _, entry in rows)
-            bound = target(held)
             for full, entry in rows:
-                if held - freed <= bound:
+                if held - freed <= max(0, target_bytes):
                     break
                 self._remove(full)
                 freed += entry.nbytes
-                self._evictions += 1
+                self._segments.evictions += 1
         self._trash.clear()
         return freed
 
     def _reclaim(self, device: torch.device | None) -> int:
-        return self._shrink(device, lambda held: 0)
+        return self._shrink(device, 0)
 
     def _after_fork(self) -> None:
         # Values may be on a device that this process must not touch, so nothing is destroyed.
-        _lifecycle.bury((self._probation, self._protected))
+        _lifecycle.bury(self._segments)
         self._start()

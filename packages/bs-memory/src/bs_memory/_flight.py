@@ -4,7 +4,7 @@ import os
 import threading
 from typing import Any
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _waiting: dict[int, "Flight"] = {}  # thread → the flight it waits for, to see a circle before it closes
 
 
@@ -55,7 +55,7 @@ class Flight:
 
 def _after_fork_in_child() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _waiting.clear()
 
 

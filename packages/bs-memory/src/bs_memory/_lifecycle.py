@@ -20,7 +20,10 @@ class Member(Protocol):
         ...
 
 
-_lock = threading.Lock()
+# Every lock of this package may be entered again by its own thread, because the collector may run a finaliser in the
+# middle of any of these functions, and the finaliser may release a lease or ask a cache. What is done under a lock is
+# written so that such a visitor finds, and leaves, something whole.
+_lock = threading.RLock()
 _members: "weakref.WeakSet[Any]" = weakref.WeakSet()
 # Device memory and pinned pages of the parent are useless in a forked child, and giving them back would call into a
 # driver that does not survive a fork. They are kept here, unused, until the child exits.
@@ -46,7 +49,7 @@ def bury(thing: Any) -> None:
 
 def _after_fork_in_child() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     for member in list(_members):
         member._after_fork()
 

@@ -19,7 +19,7 @@ from bs_memory._lease import Lease
 from bs_memory._oom import is_oom_error
 from bs_memory._pressure import MemoryPressure, PressureLevel, default_pressure
 from bs_memory._readings import MemoryReading
-from bs_memory._request import checked_shape
+from bs_memory._request import check_budget, checked_shape
 from bs_memory._stats import PoolStats, collect
 from bs_memory._storage import NONE, ONE_OFF, Block, Bucket, Request, drop
 from bs_memory._streams import StreamBackend, streams_of
@@ -48,7 +48,7 @@ class BufferPool:
             exceed it, idle buffers are given up, lowest priority first, then least recently used.
         alignment: what the address of every buffer is a multiple of, in bytes; a power of two ≥ 64.
         pressure: whom to ask before growing: "auto" for `default_pressure()`, None for nobody. At `HIGH` the pool
-            halves its idle bytes first, at `CRITICAL` it gives up all of them and keeps nothing that is released.
+            keeps at most half of the most it ever held idle, at `CRITICAL` nothing.
         poison: overwrite every buffer on release, so that a use after release is seen: with 0xFF bytes (NaN) for
             floating and complex dtypes, with 0xCB elsewhere. Costs a write of the whole buffer.
         streams: `device, pinned -> StreamBackend | None`, to test reuse without an accelerator.
@@ -66,10 +66,7 @@ class BufferPool:
         poison: bool = False,
         streams: Callable[..., StreamBackend | None] = streams_of,
     ) -> None:
-        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int)):
-            raise TypeError(f"max_bytes: expected an int or None, got {type(max_bytes).__name__}")
-        if max_bytes is not None and max_bytes <= 0:
-            raise ValueError(f"max_bytes: expected a number of bytes > 0, got {max_bytes}")
+        check_budget(max_bytes)
         if alignment < ALIGNMENT or alignment & (alignment - 1):
             raise ValueError(f"alignment: expected a power of two ≥ {ALIGNMENT}, got {alignment}")
         if not (pressure is None or pressure == "auto" or isinstance(pressure, MemoryPressure)):
@@ -81,7 +78,6 @@ class BufferPool:
         self._poison = poison
         self._streams = streams
         self._options = {
-            "max_bytes": max_bytes,
             "alignment": alignment,
             "pressure": pressure,
             "poison": poison,
@@ -102,7 +98,7 @@ class BufferPool:
 
     def _start(self) -> None:
         """(Re)creates every lock and container, empty."""
-        self._lock = threading.Lock()  # guards the three dictionaries below, on the slow path only
+        self._lock = threading.RLock()  # guards the three dictionaries below, on the slow path only
         self._buckets: dict[tuple[torch.device, torch.dtype, int, bool], Bucket] = {}
         self._accounts: dict[torch.device, Account] = {}
         self._requests: dict[Any, Request] = {}
@@ -158,15 +154,16 @@ class BufferPool:
             block = self._take_on_stream(request)
         else:
             with bucket.lock:
-                if bucket.free:
+                try:
                     block = bucket.free.pop()
+                except IndexError:
+                    block = None
+                else:
                     # Bucket.lend by hand: a call would cost a twentieth of the whole.
                     bucket.hits += 1
                     bucket.leased += 1
                     bucket.requested += request.nbytes
                     block.request = request
-                else:
-                    block = None
         if block is None:
             block = self._grow(request)
         block.priority = priority
@@ -228,6 +225,20 @@ class BufferPool:
                     bucket.renew()
         return sum(account.trim(0) for account in accounts)
 
+    @property
+    def max_bytes(self) -> int | None:
+        """The budget per device, in bytes; None bounds nothing. Assigning a lower one evicts idle buffers at once."""
+        return self._max_bytes
+
+    @max_bytes.setter
+    def max_bytes(self, value: int | None) -> None:
+        check_budget(value)
+        with self._lock:
+            self._max_bytes = value
+            accounts = list(self._accounts.values())
+        for account in accounts:
+            account.set_budget(value)
+
     def close(self) -> None:
         """Lets go of everything and refuses new leases. Leases that are out stay valid; closing twice does nothing.
 
@@ -268,7 +279,7 @@ class BufferPool:
     def __reduce__(self) -> tuple[Any, ...]:
         if self is _default:
             return default_pool, ()
-        return functools.partial(BufferPool, **self._options), ()
+        return functools.partial(BufferPool, max_bytes=self._max_bytes, **self._options), ()
 
     # ---------------------------------------------------------------- looking
 
@@ -332,7 +343,7 @@ class BufferPool:
             self._check_open()
             account = self._accounts.get(device)
             if account is None:
-                account = self._accounts[device] = Account(device, self._max_bytes)
+                account = self._accounts.setdefault(device, Account(device, self._max_bytes))
             key = (device, dtype, nbytes, pinned)
             bucket = self._buckets.get(key)
             if bucket is None:
@@ -451,7 +462,7 @@ class BufferPool:
             if level is PressureLevel.CRITICAL:
                 account.trim(0)
             elif level is PressureLevel.HIGH:
-                account.halve()
+                account.trim(account.high_water // 2)
 
     # ---------------------------------------------------------------- the process around it
 
@@ -470,5 +481,8 @@ _default = BufferPool()  # made at import, which allocates nothing, so that no l
 
 
 def default_pool() -> BufferPool:
-    """The pool that the packages of this process share unless given another: no budget, but it yields to pressure."""
+    """The pool that the packages of this process share unless given another.
+
+    It begins without a budget (set `default_pool().max_bytes` for one) and yields to `default_pressure()`.
+    """
     return _default

@@ -109,7 +109,7 @@ class MemoryPressure:
         self._reader = reader
         self._clock = clock
         self._gauges: dict[torch.device, _Gauge] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._callbacks: dict[object, tuple[torch.device | None, PressureCallback]] = {}
         _lifecycle.register(self)
 
@@ -257,7 +257,7 @@ class MemoryPressure:
         return 0
 
     def _after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._gauges = {}
 
 

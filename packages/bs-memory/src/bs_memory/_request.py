@@ -4,6 +4,21 @@ import operator
 from collections.abc import Sequence
 
 
+def check_budget(max_bytes: object) -> None:
+    """Checks a byte budget.
+
+    Raises:
+        TypeError: if it is neither an int nor None.
+        ValueError: if it is not positive.
+    """
+    if max_bytes is None:
+        return
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        raise TypeError(f"max_bytes: expected an int or None, got {type(max_bytes).__name__}")
+    if max_bytes <= 0:
+        raise ValueError(f"max_bytes: expected a number of bytes > 0, got {max_bytes}")
+
+
 def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The shape as a tuple of plain ints.
 

@@ -1,5 +1,6 @@
 """What a pool is made of: blocks of memory, and the buckets that hold the idle ones."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -134,7 +135,7 @@ class Bucket:
         self.streams = streams
         self.plain = streams is None and not poisons
         self.next_tick = next_tick
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.free: list[Block] = []  # oldest first; the end is the warmest in cache
         self.hits = 0
         self.misses = 0
@@ -164,10 +165,14 @@ class Bucket:
         self.requested -= request.nbytes
         keep = block.epoch == self.keeps
         if not self.plain:
-            if self.poisons:
-                self.poison(block)
-            if self.streams is not None:
-                keep = self.fence(block) and keep
+            try:
+                if self.poisons:
+                    self.poison(block)
+                if self.streams is not None:
+                    keep = self.fence(block) and keep
+            except BaseException:  # a device that failed: the block is no use to anybody
+                self.account.settle(block)
+                raise
         if keep:
             block.tick = self.next_tick()
             self.free.append(block)
@@ -187,14 +192,23 @@ class Bucket:
 
     def take_ready(self, stream: Any) -> Block | None:
         """Removes an idle block that `stream` may use at once; the caller holds the lock."""
-        for index in range(len(self.free) - 1, max(-1, len(self.free) - 1 - _SCAN), -1):
-            if self._ready(self.free[index], stream):
-                return self.free.pop(index)
+        for block in reversed(self.free[-_SCAN:]):
+            if self._ready(block, stream):
+                return self.take(block)
+        return None
+
+    def take(self, block: Block) -> Block | None:
+        """Removes this idle block, if it is still there; the caller holds the lock."""
+        with contextlib.suppress(ValueError):
+            self.free.remove(block)
+            return block
         return None
 
     def take_oldest(self) -> Block | None:
         """Removes the block that has been idle longest, ready or not; the caller holds the lock."""
-        return self.free.pop(0) if self.free else None
+        with contextlib.suppress(IndexError):
+            return self.free.pop(0)
+        return None
 
     def _ready(self, block: Block, stream: Any) -> bool:
         streams = self.streams
@@ -242,7 +256,7 @@ class Bucket:
 
     def orphan(self) -> None:
         """In a forked child: the blocks belong to the parent; locks may be held by threads that are not here."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.orphaned = True
         self.keeps = NONE
         if self.streams is not None:
