@@ -41,10 +41,12 @@ def test_scores_with_a_cache_equal_those_of_the_full_forward(model_and_layout, c
 def test_greedy_generation_is_teacher_forcing(model_and_layout):
     model, layout = model_and_layout
     prompt = text_of(20)
-    made = bytes(generate(model, layout, prompt, 60, temperature=0))
-    assert len(made) == 60
-    scores = model(torch.tensor(list(prompt + made))[None])[0]
-    assert bytes(scores.argmax(-1)[19:-1].tolist()) == made
+    made = bytes(generate(model, layout, prompt, 76, temperature=0))
+    # All 96 at once, because a density makes other rows at other lengths.
+    scores = model(torch.tensor(list(prompt + made))[None])[0, 19:-1].detach()
+    taken = scores.gather(1, torch.tensor(list(made))[:, None])[:, 0]
+    # The likeliest byte at every position, but for ties that rounding may break either way.
+    torch.testing.assert_close(taken, scores.max(-1).values, rtol=1e-4, atol=1e-4)
 
 
 def test_sampling_depends_on_the_seed_alone(model_and_layout):
@@ -66,8 +68,8 @@ def test_a_text_longer_than_the_context_goes_on(model_and_layout):
     prompt = text_of(300)
     made = bytes(generate(model, layout, prompt, 130, temperature=0))
     assert len(made) == 130
-    first = model(torch.tensor(list(prompt[-95:]))[None])[0, -1].argmax()
-    assert made[0] == first
+    scores = Decoder(model, layout).feed(prompt[-95:])[-1]
+    assert made[0] == scores.argmax()
     assert list(generate(model, layout, b"x", 0)) == []
 
 

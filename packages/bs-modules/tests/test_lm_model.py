@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bs_modules import create_block_sparse_attention
-from bs_modules.lm.fused import norm_rotate, rms_norm, rotary_table, swiglu
+from bs_modules.lm.fused import fuse_qkv, norm_rotate, rms_norm, rotary_table, swiglu
 from bs_modules.lm.measure import attention_share, peak_memory, validate, validation_windows
 from bs_modules.lm.model import ByteModel, DenseAttention, ModelConfig
 from bs_modules.lm.optimizer import Muon, orthogonalize
@@ -21,31 +21,29 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def plain_norm_rotate(qkv, heads):
-    """RoPE and QK-norm as the textbook has them, on heads of contiguous halves."""
-    batch, tokens, _, width = qkv.shape
-    half = width // heads // 2
-    q, k, v = qkv.unbind(2)
-    angle = torch.arange(tokens, dtype=torch.float64)[:, None] * 10_000.0 ** (
+def plain_projections(x, qkv, heads):
+    """Projection, QK-norm and RoPE as the textbook has them."""
+    half = qkv.shape[1] // heads // 2
+    angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * 10_000.0 ** (
         -torch.arange(half, dtype=torch.float64) / half
     )
+    turn = torch.polar(torch.ones(()).double(), angle)[None, :, None]
+    q, k, v = ((x @ weight.mT).unflatten(-1, (heads, -1)) for weight in qkv)
     out = []
-    for x in (q, k):
-        x = x.view(batch, tokens, 2, heads, half).transpose(2, 3)  # halves of all heads are stored together
-        x = x / (x.square().mean((-1, -2), keepdim=True) + 1e-6).sqrt()
-        turned = (
-            torch.view_as_complex(x.transpose(-1, -2).contiguous())
-            * torch.polar(torch.ones(()).double(), angle)[None, :, None]
-        )
+    for y in (q, k):
+        y = y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        turned = torch.complex(y[..., :half], y[..., half:]) * turn
         out.append(torch.cat([turned.real, turned.imag], -1))
-    return (*out, v.view(batch, tokens, heads, 2 * half))
+    return (*out, v)
 
 
-def test_norm_rotate_is_rope_after_rms_norm():
-    qkv = normal(2, 9, 3, 24)
+def test_the_fused_projection_is_rope_after_rms_norm():
+    x, qkv = normal(2, 9, 24), normal(3, 24, 24, seed=1)
     table = rotary_table(torch.arange(9), 3, 8, torch.float64)
-    for a, b in zip(norm_rotate(qkv, *table, 3), plain_norm_rotate(qkv, 3), strict=True):
+    got = norm_rotate(x @ fuse_qkv(qkv, 3).mT, *table, 3)
+    for a, b in zip(got, plain_projections(x, qkv, 3), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert a.is_contiguous()
 
 
 def test_gradients_of_the_fused_functions():
@@ -53,7 +51,7 @@ def test_gradients_of_the_fused_functions():
     torch.autograd.gradcheck(rms_norm, normal(2, 5, 8).requires_grad_(), atol=1e-4)
     torch.autograd.gradcheck(swiglu, normal(2, 5, 8).requires_grad_())
     table = rotary_table(torch.arange(5), 2, 4, torch.float64)
-    torch.autograd.gradcheck(lambda x: norm_rotate(x, *table, 2), normal(1, 5, 3, 8).requires_grad_(), atol=1e-4)
+    torch.autograd.gradcheck(lambda x: norm_rotate(x, *table, 2), normal(1, 5, 24).requires_grad_(), atol=1e-4)
 
 
 def test_swiglu_and_rms_norm_by_definition():
@@ -192,8 +190,9 @@ def test_optimizer_state_round_trips():
 
 def test_validation_by_position_is_the_mean_loss():
     model = model_of()
-    text = tiny_corpus(4000).train
+    text = tiny_corpus(4501).train
     windows = validation_windows(text, 1500, 10_000)
+    assert len(windows) == 3
     found = validate(model, windows, torch.device("cpu"))
     losses = [
         model.loss(torch.from_numpy(w[None, :-1].copy()), torch.from_numpy(w[None, 1:].copy()), reduction="none")

@@ -48,7 +48,7 @@ def load_corpus(data: Sequence[str] | None, context: int) -> Corpus:
     """Reads and splits the text.
 
     Args:
-        data: Files, folders (read recursively, hidden entries skipped) and globs; `None` or empty: the source of the
+        data: Files, folders (read recursively, without hidden entries and `__pycache__`) and globs; `None` or empty: the source of the
             running Python's standard library.
         context: Tokens per training sequence; the training part must hold at least one sequence and its last target.
 
@@ -149,7 +149,8 @@ def _expand(data: Sequence[str]) -> list[tuple[str, Path]]:
 
 
 def _is_visible_file(path: Path, root: Path) -> bool:
-    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    parts = path.relative_to(root).parts
+    return path.is_file() and "__pycache__" not in parts and not any(part.startswith(".") for part in parts)
 
 
 def _read(paths: Iterable[tuple[str, Path]]) -> list[tuple[str, bytes]]:

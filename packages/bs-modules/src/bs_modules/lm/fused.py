@@ -62,33 +62,37 @@ class _NormRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_BS3E: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        batch, tokens, _, width = qkv_BS3E.shape
-        halves = qkv_BS3E[:, :, :2].unflatten(-1, (2, width // 2))
-        first, second = halves[:, :, :, 0], halves[:, :, :, 1]  # [B, S, 2, E / 2] each
-        rotated = qkv_BS3E.new_empty(2, batch, tokens, heads, 2, width // heads // 2)
-        into = rotated.permute(1, 2, 0, 3, 4, 5)
-        into[..., 0, :] = torch.addcmul(first * cosine, second, sine, value=-1).unflatten(-1, (heads, -1))
-        into[..., 1, :] = torch.addcmul(second * cosine, first, sine).unflatten(-1, (heads, -1))
+        batch, tokens, width = *qkv_BS3E.shape[:2], qkv_BS3E.shape[2] // 3
+        first, second, v = qkv_BS3E.split(width, dim=-1)
+        both = qkv_BS3E.new_empty(2, batch, tokens, heads, 2, width // heads // 2)  # q and k, head by head
+        into = both.permute(4, 1, 2, 0, 3, 5)
+        into[0] = torch.addcmul(first * cosine, second, sine, value=-1).view(into[0].shape)
+        into[1] = torch.addcmul(second * cosine, first, sine).view(into[1].shape)
         # A rotation keeps norms, so normalising after it is the same function as before it.
-        rotated = rotated.flatten(-2)
-        scale = _inverse_rms(rotated)
-        q_BSHD, k_BSHD = rotated.mul_(scale)
+        both = both.flatten(-2)
+        scale = _inverse_rms(both)
+        q_BSHD, k_BSHD = both.mul_(scale)
         ctx.save_for_backward(q_BSHD, k_BSHD, scale, cosine, sine)
-        return q_BSHD, k_BSHD, qkv_BS3E[:, :, 2].unflatten(-1, (heads, -1)).contiguous()
+        return q_BSHD, k_BSHD, v.unflatten(-1, (heads, -1)).contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor
+    ) -> tuple[Tensor, None, None, None]:
         q_BSHD, k_BSHD, scale, cosine, sine = ctx.saved_tensors
         batch, tokens, heads, dim = q_BSHD.shape
-        dqkv_BS3E = q_BSHD.new_empty(batch, tokens, 3, heads * dim)
-        dqkv_BS3E[:, :, 2] = dv.flatten(-2)
+        width = heads * dim
+        halves = q_BSHD.new_empty(2, batch, tokens, 2, heads, dim // 2)
         for i, (grad, y) in enumerate(((dq, q_BSHD), (dk, k_BSHD))):
-            halves = _rms_norm_backward(grad, y, scale[i]).unflatten(-1, (2, dim // 2))
-            first, second = halves[..., 0, :].flatten(-2), halves[..., 1, :].flatten(-2)
-            into = dqkv_BS3E[:, :, i].unflatten(-1, (2, -1))
-            torch.addcmul(first * cosine[:, :, 0], second, sine[:, :, 0], out=into[:, :, 0])
-            torch.addcmul(second * cosine[:, :, 0], first, sine[:, :, 0], value=-1, out=into[:, :, 1])
+            normalised = _rms_norm_backward(grad, y, scale[i]).unflatten(-1, (2, dim // 2))
+            halves[:, :, :, i] = normalised.permute(3, 0, 1, 2, 4)
+        first, second = halves.view(2, batch, tokens, width)
+        dqkv_BS3E = q_BSHD.new_empty(batch, tokens, 3 * width)
+        into_first, into_second, into_v = dqkv_BS3E.split(width, dim=-1)
+        torch.addcmul(first * cosine, second, sine, out=into_first)
+        torch.addcmul(second * cosine, first, sine, value=-1, out=into_second)
+        into_v.copy_(dv.flatten(-2))
         return dqkv_BS3E, None, None, None
 
 
@@ -110,13 +114,23 @@ def swiglu(x_BSG: Tensor) -> Tensor:
     return _SwiGLU.apply(x_BSG)  # pyright: ignore[reportReturnType]
 
 
+def fuse_qkv(qkv_3EE: Tensor, heads: int) -> Tensor:
+    """Query, key and value weights as one, in the row order that `norm_rotate` reads: `[3, E, E] → [3 E, E]`.
+
+    First come the first halves of every query and key head, then their second halves, then the values, so that the
+    rotation works on long contiguous runs.
+    """
+    _, width, width_in = qkv_3EE.shape
+    qk = qkv_3EE[:2].view(2, heads, 2, width // heads // 2, width_in).permute(2, 0, 1, 3, 4)
+    return torch.cat((qk.reshape(2 * width, width_in), qkv_3EE[2]))
+
+
 def norm_rotate(qkv_BS3E: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Fused projection to attention inputs.
 
     Args:
-        qkv_BS3E: `[B, S, 3, E]`. In the query and key parts the first halves of all heads come before the second
-            halves, so that the rotation works on long contiguous runs; which row of a weight means what is free.
-        cosine: `[1, S, 1, E / 2]` from `rotary_table`, in the dtype of `qkv_BS3E`.
+        qkv_BS3E: `[B, S, 3 E]`, by a weight from `fuse_qkv`.
+        cosine: `[1, S, E]` from `rotary_table`, in the dtype of `qkv_BS3E`.
         sine: Likewise.
         heads: H.
 
@@ -129,7 +143,7 @@ def norm_rotate(qkv_BS3E: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> t
 def rotary_table(
     positions: Tensor, heads: int, head_dim: int, dtype: torch.dtype, base: float = 10_000.0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding, repeated per head: two `[1, S, 1, E / 2]`.
+    """Cosines and sines of the rotary embedding, repeated for every query and key head: two `[1, S, E]`.
 
     Source:
         Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), half-split form.
@@ -137,10 +151,8 @@ def rotary_table(
     half = head_dim // 2
     frequency = base ** (-torch.arange(half, device=positions.device, dtype=torch.float64) / half)
     angle = positions.to(torch.float64)[:, None] * frequency
-    return tuple(  # pyright: ignore[reportReturnType]
-        table.to(dtype).repeat(1, heads).view(1, len(positions), 1, heads * half)
-        for table in (angle.cos(), angle.sin())
-    )
+    cosine, sine = (table.to(dtype).repeat(1, 2 * heads)[None] for table in (angle.cos(), angle.sin()))
+    return cosine, sine
 
 
 def _inverse_rms(x: Tensor) -> Tensor:
@@ -157,5 +169,5 @@ def _inverse_rms(x: Tensor) -> Tensor:
 
 def _rms_norm_backward(dy: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """dx = scale · (dy − y · mean(dy · y)); exact but for EPSILON, which it leaves out."""
-    mean = (dy * y).mean(dim=-1, keepdim=True)
+    mean = torch.linalg.vecdot(dy, y)[..., None].div_(y.shape[-1])
     return torch.addcmul(dy, y, mean, value=-1).mul_(scale)

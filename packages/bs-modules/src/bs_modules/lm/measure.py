@@ -39,9 +39,11 @@ class Validation:
 def validation_windows(text: np.ndarray, context: int, limit: int) -> list[np.ndarray]:
     """Cuts the text into windows of `context + 1` bytes that overlap by one: every byte but the first is scored once.
 
-    With more than `limit` bytes, evenly spread windows are taken. The last window may be short.
+    With more than `limit` bytes, evenly spread windows are taken. A last window that is not whole is left out, because
+    a sparse layout of another length has other rows than the one that was trained on; a text without any whole window
+    is one short window.
     """
-    starts = np.arange(0, len(text) - 1, context)
+    starts = np.arange(0, max(len(text) - context, 1), context)
     wanted = max(limit // context, 1)
     if len(starts) > wanted:
         starts = starts[np.linspace(0, len(starts) - 1, wanted).round().astype(int)]

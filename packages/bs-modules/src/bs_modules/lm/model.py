@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import norm_rotate, rms_norm, rotary_table, swiglu
+from .fused import fuse_qkv, norm_rotate, rms_norm, rotary_table, swiglu
 
 VOCABULARY = 256
 
@@ -30,7 +30,8 @@ class ModelConfig:
         width: E.
         layers: Number of blocks.
         head_dim: D; must be even and divide the width.
-        feed_forward: F; `None` takes 8/3 of the width, rounded up to a multiple of 32.
+        feed_forward: F; `None` takes 8/3 of the width, rounded up to a multiple of 64 (the run
+            of elements that vectorises).
         rope_base: Longest wavelength of the rotary embedding, over 2π.
     """
 
@@ -52,7 +53,7 @@ class ModelConfig:
     @property
     def hidden(self) -> int:
         """F, resolved."""
-        return self.feed_forward or math.ceil(self.width * 8 / 3 / 32) * 32
+        return self.feed_forward or math.ceil(self.width * 8 / 3 / 64) * 64
 
 
 class Block(nn.Module):
@@ -80,9 +81,8 @@ class Block(nn.Module):
 
     def project(self, x_BSE: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Attention inputs q, k, v, each `[B, S, H, D]`."""
-        weight = (self.qkv * self.attention_gain).to(x_BSE.dtype)
-        qkv_BS3E = F.linear(rms_norm(x_BSE), weight.flatten(0, 1)).unflatten(-1, (3, -1))
-        return norm_rotate(qkv_BS3E, *table, self.heads)
+        weight = fuse_qkv(self.qkv * self.attention_gain, self.heads).to(x_BSE.dtype)
+        return norm_rotate(F.linear(rms_norm(x_BSE), weight), *table, self.heads)
 
     def finish(self, x_BSE: Tensor, attended_BSHD: Tensor) -> Tensor:
         """Output projection, residual and feed-forward."""

@@ -49,6 +49,12 @@ def train_session(folder: Path, given: dict[str, Any], *, resume: bool, compare:
             corpus = load_corpus(run.settings.data, run.settings.context)
             run.check_same(given, {"text": corpus.digest})
             resolve(run.settings)
+            if run.facts.get("torch") != torch.__version__:
+                console.print(
+                    f"this run was started with torch {run.facts.get('torch')}: with torch {torch.__version__} the bits may "
+                    "differ from an uninterrupted run's",
+                    soft_wrap=True,
+                )
             _check_comparable(run.settings, compare)
             with locked(folder):
                 _train_and_report(run, corpus, console, stop, compare)
