@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,14 @@ from torch import Tensor
 from ..plan import LayoutPlan
 
 __all__ = ["KeyBlocks", "QueryBlocks", "add_rows_", "pack_tokens"]
+
+
+#: Makes uninitialised memory of a shape and dtype.
+Allocator = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+def _allocate(empty: Allocator | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device) if empty is None else empty(shape, dtype)
 
 
 def _is_regular(bounds: Tensor, block: int, tokens: int) -> bool:
@@ -75,14 +84,21 @@ class QueryBlocks:
         shape = (self.batch, self.head_units, self.blocks, self.group, self.block, packed.shape[-1])
         return packed.view(shape).permute(0, 2, 4, 1, 3, 5)
 
-    def pack(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, Sq, Hq, X] → [units, group · block, X], zeros where a block is short."""
+    def pack(self, x: Tensor, dtype: torch.dtype, empty: Allocator | None = None) -> Tensor:
+        """[B, Sq, Hq, X] → [units, group · block, X], zeros where a block is short.
+
+        Args:
+            x: the tensor.
+            dtype: of the result.
+            empty: makes the result's memory; None for fresh memory.
+        """
         units = self.batch * self.head_units * self.blocks
         short = self.bounds is not None or self.tokens < self.blocks * self.block
-        new = torch.zeros if short else torch.empty
-        packed = new(units, self.group * self.block, x.shape[-1], dtype=dtype, device=x.device)
+        packed = _allocate(empty, (units, self.group * self.block, x.shape[-1]), dtype, x.device)
         if packed.numel() == 0:
             return packed
+        if short:
+            packed.zero_()
         view, x = self._views(packed), x.unflatten(2, (self.head_units, self.group))
         if self.bounds is None:
             _copy_blocks(view, x, self.block, into_tokens=False)
@@ -105,9 +121,9 @@ class QueryBlocks:
                 out.index_copy_(1, token[exists], view.flatten(1, 2)[:, exists].to(dtype))
         return out.flatten(2, 3)
 
-    def pack_rows(self, x: Tensor) -> Tensor:
+    def pack_rows(self, x: Tensor, empty: Allocator | None = None) -> Tensor:
         """[B, Hq, Sq] → [units, group · block, 1] (LSE, delta)."""
-        return self.pack(x.transpose(1, 2).unsqueeze(-1), x.dtype)
+        return self.pack(x.transpose(1, 2).unsqueeze(-1), x.dtype, empty)
 
     def unpack_rows(self, packed: Tensor) -> Tensor:
         """[units, group · block] → [B, Hq, Sq]."""
@@ -158,13 +174,14 @@ class KeyBlocks:
         shape = (self.batch, self.heads, self.used.numel(), self.plan.block_size[1], packed.shape[-1])
         return packed.view(shape).permute(0, 2, 3, 1, 4)
 
-    def pack(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def pack(self, x: Tensor, dtype: torch.dtype, empty: Allocator | None = None) -> Tensor:
         """[B, Sk, Hkv, X] or [pages, block, Hkv, X] → [B · Hkv · U, block, X], zeros where a block is short."""
         block, blocks = self.plan.block_size[1], self.used.numel()
-        new = torch.zeros if self.whole and self.plan.seq_len[1] % block else torch.empty
-        packed = new(self.batch * self.heads * blocks, block, x.shape[-1], dtype=dtype, device=x.device)
+        packed = _allocate(empty, (self.batch * self.heads * blocks, block, x.shape[-1]), dtype, x.device)
         if packed.numel() == 0:
             return packed
+        if self.whole and self.plan.seq_len[1] % block:
+            packed.zero_()
         view = self._views(packed)
         if self.whole:
             _copy_blocks(view, x, block, into_tokens=False)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..philox import keep_mask
+from ..token_mask import UNBOUNDED
 from ._chunks import Chunk, Schedule
 from ._packing import pack_tokens
 from .base import Call
@@ -172,11 +173,15 @@ class ChunkScores:
         frame = self.frame
         blocks = self.chunk.blocks[:, self.chunk.blocks.shape[1] - self.chunk.cut :]
         outside = (frame.k_token >= frame.k_length[blocks][..., None])[:, None]
-        if not frame.plan.token_mask.is_trivial:
-            lo, hi = frame.plan.token_mask.band
-            apart = (frame.k_first[blocks] - frame.q_first[self.q_block][:, None])[:, None, :, None]
-            distance = apart + (frame.k_token - frame.q_token[:, None])[:, None, :]
-            outside = outside | (distance < lo) | (distance > hi)
+        lo, hi = frame.plan.token_mask.band
+        if (lo, hi) == (-UNBOUNDED, UNBOUNDED):
+            return outside
+        apart = (frame.k_first[blocks] - frame.q_first[self.q_block][:, None])[:, None, :, None]
+        distance = apart.to(torch.int32) + (frame.k_token - frame.q_token[:, None]).to(torch.int32)[:, None, :]
+        if hi < UNBOUNDED:
+            outside = outside | (distance > hi)
+        if lo > -UNBOUNDED:
+            outside = outside | (distance < lo)
         return outside
 
     def keep(self) -> Tensor:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
+
+from bs_memory import default_pool
 
 from .._derived import derived
 from ._chunks import Schedule, build_schedule
@@ -40,21 +43,22 @@ class TorchBackend:
 
     def forward(self, call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
-        run = _Run(call)
-        return run.forward(out_dtype)
+        with _Run(call) as run:
+            return run.forward(out_dtype)
 
     def backward(
         self, call: Call, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype
     ) -> Gradients:
         """See `Backend.backward`."""
-        run = _Run(call)
-        return run.backward(dout, lse, delta, needs, grad_dtype)
+        with _Run(call) as run:
+            return run.backward(dout, lse, delta, needs, grad_dtype)
 
 
-class _Run:
-    """Packed operands and buffers of one call."""
+class _Run(ExitStack):
+    """Packed operands and buffers of one call. As a context manager it holds its workspace leased from the pool."""
 
     def __init__(self, call: Call) -> None:
+        super().__init__()
         plan, self.call = call.plan, call
         batch, q_heads, kv_heads = call.q.shape[0], call.q.shape[2], call.k.shape[2]
         self.dtype = call.accumulate_dtype
@@ -71,17 +75,21 @@ class _Run:
         narrow = call.q.dtype == torch.bfloat16 and call.q.device.type == "cpu" and _multiplies_bfloat16()
         self.operand = torch.bfloat16 if narrow else self.dtype
 
-    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.call.q.device)
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised workspace, given back when the call is done."""
+        return self.enter_context(default_pool().lease(shape, dtype, self.call.q.device))
+
+    def _full(self, shape: tuple[int, ...], value: float) -> Tensor:
+        return self.empty(shape, self.dtype).fill_(value)
 
     def forward(self, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Output and LSE, chunk by chunk; later pieces of a long row merge with the earlier ones."""
         call, schedule = self.call, self.schedule
-        q = self.queries.pack(call.q, self.operand)
-        k, v = (self.keys.pack(x, self.operand).flatten(1) for x in (call.k, call.v))
+        q = self.queries.pack(call.q, self.operand, self.empty)
+        k, v = (self.keys.pack(x, self.operand, self.empty).flatten(1) for x in (call.k, call.v))
         dim_v = call.v.shape[-1]
-        out = torch.zeros(q.shape[0], self.rows, dim_v, dtype=self.dtype, device=q.device)
-        lse = torch.full((q.shape[0], self.rows, 1), _NEG_INF, dtype=self.dtype, device=q.device)
+        out = self._full((q.shape[0], self.rows, dim_v), 0)
+        lse = self._full((q.shape[0], self.rows, 1), _NEG_INF)
         tiles = _Tiles(self, max(call.q.shape[-1], dim_v), scores=2, operands=2)
         for chunk in schedule.chunks:
             at = ChunkScores(self.frame, chunk)
@@ -104,11 +112,11 @@ class _Run:
     def backward(self, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype) -> Gradients:
         """Gradients, recomputing each chunk's probabilities from the LSE."""
         call, schedule = self.call, self.schedule
-        q, do = self.queries.pack(call.q, self.operand), self.queries.pack(dout, self.operand)
-        k, v = (self.keys.pack(x, self.operand).flatten(1) for x in (call.k, call.v))
-        lse, delta = self.queries.pack_rows(lse), self.queries.pack_rows(delta)
+        q, do = (self.queries.pack(x, self.operand, self.empty) for x in (call.q, dout))
+        k, v = (self.keys.pack(x, self.operand, self.empty).flatten(1) for x in (call.k, call.v))
+        lse, delta = (self.queries.pack_rows(x, self.empty) for x in (lse, delta))
         lse.masked_fill_(lse == _NEG_INF, float("inf"))  # exp(score − inf) = 0, also where the score is −inf
-        dq, dk, dv = (torch.zeros(x.shape, dtype=self.dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = (self._full(tuple(x.shape), 0) for x in (q, k, v))
         d_attn = self._gradient_of(call.attn_bias, needs.attn_bias)
         d_block = self._gradient_of(call.block_bias, needs.block_bias)
         tiles = _Tiles(self, max(q.shape[-1], do.shape[-1]), scores=2, operands=2)
@@ -176,7 +184,7 @@ class _Run:
 
 
 class _Tiles:
-    """Buffers that every chunk of a call reuses: fresh memory would cost a page fault per page.
+    """Buffers that every chunk of a call reuses.
 
     Args:
         run: the call.
@@ -189,11 +197,11 @@ class _Tiles:
         schedule, self.rows = run.schedule, run.rows
         gathered = schedule.gathered * width
         self.narrow = run.operand != run.dtype
-        self.scores = run._empty(scores, schedule.workspace)
-        self.operands = run._empty(operands, gathered, dtype=run.operand)
-        self.part = run._empty(gathered, dtype=run.operand)
-        self.wide = run._empty(gathered if self.narrow else 0)
-        self.product = run._empty(schedule.workspace if self.narrow else 0, dtype=run.operand)
+        self.scores = run.empty((scores, schedule.workspace), run.dtype)
+        self.operands = run.empty((operands, gathered), run.operand)
+        self.part = run.empty((gathered,), run.operand)
+        self.wide = run.empty((gathered if self.narrow else 0,), run.dtype)
+        self.product = run.empty((schedule.workspace if self.narrow else 0,), run.operand)
 
     def view_scores(self, k_c: Tensor) -> tuple[Tensor, ...]:
         """The score tiles as [units, rows, keys] of a chunk with these keys."""
