@@ -14,6 +14,7 @@ import torch.distributed as dist
 from bs_comm import ExchangePlan, PackedRing, RingMismatchError, RingPeerError, regroup
 from bs_comm.health import Health, Report, follow
 from bs_comm.testing import RankPool, ring_attention
+from bs_memory import BufferPool
 from bs_patterns import LocalWindow
 
 HOP_TIMEOUT = 2.0
@@ -25,7 +26,9 @@ def run_until_failure(rank, world, plan, victim, at_call, at_step, stop):
     """Use the ring until it fails; the victim sends itself the signal in the callback of a chosen step."""
     x = torch.ones(1, int(plan.kv_placement.lengths[rank]), plan.kv_heads, 4)
     dist.barrier()  # The first import takes some ranks longer than the hop timeout of this test.
-    ring = PackedRing(plan, batch=1, head_dim=4, hop_timeout=HOP_TIMEOUT)
+    pool = BufferPool()
+    ring = PackedRing(plan, batch=1, head_dim=4, hop_timeout=HOP_TIMEOUT, pool=pool)
+    held = pool.stats().leases
     call = 0
 
     def callback(arrival):
@@ -44,6 +47,9 @@ def run_until_failure(rank, world, plan, victim, at_call, at_step, stop):
             seconds = time.monotonic() - started
             with pytest.raises(RingPeerError, match=f"rank {error.peer} failed"):
                 ring.forward(x, x, callback)
+            ring.close()
+            # A peer that wakes up may still write into these buffers: nobody may lease them again.
+            assert pool.stats().leases == held > 0
             return call, error.peer, seconds, error.phase, error.nbytes
     raise AssertionError(f"rank {rank} got data from a failed call")
 

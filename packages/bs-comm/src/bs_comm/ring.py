@@ -22,18 +22,17 @@ from torch import Tensor
 from bs_memory import BufferPool, default_pool
 from bs_patterns import BlockLayout
 
+from ._buffers import PackedBuffers, scale_bytes
 from ._check import boolean, integer, positive
 from ._header import agree
 from .health import PATIENCE, Health, Report, RingMismatchError, RingPeerError
 from .plan import ExchangePlan, Traffic
 from .transport import CHANNELS, GRAD, KV, STEPS, Hop, HopFailed, Transport
-from .wire import FLOAT8, RowSet, StepWire, wires_of
+from .wire import FLOAT8, StepWire, wires_of
 
 Int64 = NDArray[np.int64]
 
 DEFAULT_HOP_TIMEOUT = 60.0
-#: Buffers of failed rings: a peer that wakes up may still write into them, so they are never used again.
-_QUARANTINE: list[Any] = []
 #: Rings made per group and channel; every group starts anew.
 _serials: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()
 
@@ -133,8 +132,6 @@ class PackedRing:
         self._dims = (key_dim, key_dim if value_head_dim is None else integer("value_head_dim", value_head_dim))
         self._dtype = _floating("dtype", dtype)
         self._wire_dtype = dtype if wire_dtype is None else _floating("wire_dtype", wire_dtype, FLOAT8)
-        # A scale for the row of K and one for that of V.
-        self._row_bytes = 2 * torch.float32.itemsize if wire_dtype == FLOAT8 else 0
         self.grad_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._device = torch.device(device)
         self._timeout = positive("hop_timeout", hop_timeout)
@@ -142,7 +139,7 @@ class PackedRing:
         self.rank, self._group = _membership(group, plan.world_size)
         self.traffic: Traffic = plan.traffic(
             head_dim, self._dims[1], batch=batch, kv_itemsize=self._wire_dtype.itemsize,
-            kv_row_bytes=self._row_bytes, grad_itemsize=self.grad_dtype.itemsize,
+            kv_row_bytes=scale_bytes(self._wire_dtype), grad_itemsize=self.grad_dtype.itemsize,
         )  # fmt: skip
         self._in_use = threading.Lock()
         self._failure: RingPeerError | None = None
@@ -156,7 +153,11 @@ class PackedRing:
                 agree(self._transport, plan.digest, sizes, self._device)
         self._wires = wires_of(plan, self.rank, self._device)
         self._q_start, self._kv_starts = _positions(plan, self.rank, self._wires)
-        self._lease_buffers(default_pool() if pool is None else pool)
+        self._buffers = PackedBuffers(
+            default_pool() if pool is None else pool, self._wires,
+            batch=batch, heads=plan.kv_heads, dims=self._dims, dtype=self._dtype, wire_dtype=self._wire_dtype,
+            grad_dtype=self.grad_dtype, device=self._device,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ the two passes
 
@@ -244,7 +245,7 @@ class PackedRing:
             self._transport.wait(got, phase)
             shares = None
             if self._wires[step].receive is not None:
-                arrived = self._unpack(step) if kept is None else kept[step]
+                arrived = self._buffers.unpack(step) if kept is None else kept[step]
                 shares = on_arrival(self._arrival(step, *arrived))
                 if home is not None:
                     shares = self._gradients(shares, *arrived)
@@ -261,64 +262,28 @@ class PackedRing:
 
     def _fetch(self, step: int, k: Tensor, v: Tensor, phase: str) -> tuple[Hop | None, Hop | None]:
         """Pack and post the way out of a step."""
-        wire = self._wires[step]
-        send = receive = None
-        if wire.send is not None:
-            buffer = self._message("send", step, wire.send)
-            rows, scales = self._kv_parts(buffer, wire.send)
-            for i, source in enumerate((k, v)):
-                if scales is None:
-                    wire.send.take(source, rows[i])
-                else:
-                    wire.send.take_scaled(source, rows[i], scales[i])
-            send = (wire.send.peer, buffer)
-        if wire.receive is not None:
-            receive = (wire.receive.peer, self._message("receive", step, wire.receive))
+        wire, buffers = self._wires[step], self._buffers
+        receive = None if wire.receive is None else (wire.receive.peer, buffers.inbox(step))
+        send = None if wire.send is None else (wire.send.peer, buffers.pack(step, k, v))
         return self._transport.post(KV, step, receive, send, phase)
-
-    def _unpack(self, step: int) -> tuple[Tensor, Tensor]:
-        """What the step brought, as ``[B, T, H, ·]`` twice."""
-        wire = self._wires[step]
-        assert wire.receive is not None
-        parts, scales = self._kv_parts(self._message("receive", step, wire.receive), wire.receive)
-        if scales is not None:
-            parts = tuple(rows.float() * scale[..., None] for rows, scale in zip(parts, scales, strict=True))
-        shape = (self._batch, wire.tokens, self.plan.kv_heads)
-        if wire.receive.index is None and self._wire_dtype == self._dtype:
-            return parts[0].view(*shape, self._dims[0]), parts[1].view(*shape, self._dims[1])
-        whole = RowSet(wire.receive.peer, wire.tokens * self.plan.kv_heads, None)
-        places = self._parts(self._buffers["arrival"], whole, self._dtype)
-        k, v = places[0].view(*shape, self._dims[0]), places[1].view(*shape, self._dims[1])
-        wire.receive.put(parts[0], k)
-        wire.receive.put(parts[1], v)
-        return k, v
 
     def _send_home(self, step: int, shares: tuple[Tensor, Tensor] | None) -> tuple[Hop | None, Hop | None]:
         """Pack and post the way home of a step: what came in goes out, and the other way round."""
-        wire = self._wires[step]
-        send = receive = None
-        if wire.receive is not None:
-            assert shares is not None
-            buffer = self._message("grad_send", step, wire.receive, self.grad_dtype)
-            for rows, share in zip(self._parts(buffer, wire.receive, self.grad_dtype), shares, strict=True):
-                wire.receive.take(share, rows)
-            send = (wire.receive.peer, buffer)
-        if wire.send is not None:
-            receive = (wire.send.peer, self._message("grad_receive", step, wire.send, self.grad_dtype))
+        wire, buffers = self._wires[step], self._buffers
+        receive = None if wire.send is None else (wire.send.peer, buffers.inbox_home(step))
+        send = None
+        if wire.receive is not None and shares is not None:
+            send = (wire.receive.peer, buffers.pack_home(step, shares))
         return self._transport.post(GRAD, step, receive, send, "backward")
 
     def _welcome(self, step: int, returned: dict[int, Any], home: tuple[Tensor, Tensor]) -> None:
         """Wait for a step's way home and add what it brought."""
-        if step not in returned:
-            return
-        got, put = returned.pop(step)
-        self._transport.wait(got, "backward")
-        wire = self._wires[step]
-        if wire.send is not None:
-            buffer = self._message("grad_receive", step, wire.send, self.grad_dtype)
-            for rows, total in zip(self._parts(buffer, wire.send, self.grad_dtype), home, strict=True):
-                wire.send.add(rows, total)
-        self._transport.wait(put, "backward")
+        if step in returned:
+            got, put = returned.pop(step)
+            self._transport.wait(got, "backward")
+            if got is not None:
+                self._buffers.add_home(step, home)
+            self._transport.wait(put, "backward")
 
     def _commit(self, phase: str, is_kept: bool) -> None:
         """Return only once every rank has finished: all have the result, or all raise."""
@@ -331,47 +296,6 @@ class PackedRing:
                     f"{phase}: expected every rank to make the same calls in the same order, got (number of the call, "
                     f"backward, kept) = {words.tolist()}"
                 )
-
-    # ------------------------------------------------------------------ buffers
-
-    def _lease_buffers(self, pool: BufferPool) -> None:
-        """Two buffers per direction and kind, each as large as its largest step needs."""
-        sizes: dict[str, int] = {}
-        for wire in self._wires[1:]:
-            for rows, out, home in ((wire.send, "send", "grad_receive"), (wire.receive, "receive", "grad_send")):
-                if rows is not None:
-                    for name, dtype in ((out, None), (home, self.grad_dtype)):
-                        key = f"{name}{wire.step % 2}"
-                        sizes[key] = max(sizes.get(key, 0), self._message_bytes(rows, dtype))
-            if wire.receive is not None and (wire.receive.index is not None or self._wire_dtype != self._dtype):
-                width = self._batch * sum(self._dims) * self._dtype.itemsize
-                needed = wire.tokens * self.plan.kv_heads * width
-                sizes["arrival"] = max(sizes.get("arrival", 0), needed)
-        self._leases = {name: pool.lease((n,), torch.uint8, self._device) for name, n in sizes.items()}
-        self._buffers = {name: lease.tensor for name, lease in self._leases.items()}
-
-    def _message(self, name: str, step: int, rows: RowSet, dtype: torch.dtype | None = None) -> Tensor:
-        """The bytes of a step's message within the buffer of its parity."""
-        return self._buffers[f"{name}{step % 2}"][: self._message_bytes(rows, dtype)]
-
-    def _message_bytes(self, rows: RowSet, dtype: torch.dtype | None) -> int:
-        """Bytes of a gradient message of a dtype, or with None of K and V."""
-        row = sum(self._dims) * self._wire_dtype.itemsize + self._row_bytes
-        return rows.count * self._batch * (row if dtype is None else sum(self._dims) * dtype.itemsize)
-
-    def _kv_parts(self, buffer: Tensor, rows: RowSet) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """K and V of a message, and before them, on a float8 wire, their scales ``float32[2, B, R]``."""
-        head = rows.count * self._batch * self._row_bytes
-        scales = buffer[:head].view(torch.float32).view(2, self._batch, rows.count) if head else None
-        return self._parts(buffer[head:], rows, self._wire_dtype), scales
-
-    def _parts(self, buffer: Tensor, rows: RowSet, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The K and the V part of a message: ``[B, R, D]`` and ``[B, R, E]``."""
-        cut = self._batch * rows.count * self._dims[0]
-        end = self._batch * rows.count * sum(self._dims)
-        elements = buffer[: end * dtype.itemsize].view(dtype)
-        shape = (self._batch, rows.count)
-        return elements[:cut].view(*shape, self._dims[0]), elements[cut:end].view(*shape, self._dims[1])
 
     # ------------------------------------------------------------------ arrivals
 
@@ -445,18 +369,17 @@ class PackedRing:
             raise
 
     def _give_up(self) -> None:
-        """Leave buffers that a peer may still write into to nobody."""
-        _QUARANTINE.append(getattr(self, "_leases", None))
-        self._leases = {}
+        """Stop using buffers that a peer may still write into."""
+        buffers: PackedBuffers | None = getattr(self, "_buffers", None)  # None: the header failed.
+        if buffers is not None and self.plan.world_size > 1:
+            buffers.quarantine()
         self._transport.close()
 
     def close(self) -> None:
         """Give the buffers back. Every rank may do this on its own; calls after it raise."""
         if not self._closed:
             self._closed = True
-            for lease in self._leases.values():
-                lease.release()
-            self._leases, self._buffers = {}, {}
+            self._buffers.release()
             self._transport.close()
             self._health.close()
 
