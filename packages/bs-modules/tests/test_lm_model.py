@@ -14,7 +14,8 @@ from bs_modules.lm.fused import fuse_qkv, norm_rotate, rms_norm, rotary_table, s
 from bs_modules.lm.measure import attention_share, peak_memory, validate, validation_windows
 from bs_modules.lm.model import ByteModel, DenseAttention, ModelConfig
 from bs_modules.lm.optimizer import Muon, orthogonalize
-from bs_modules.testing import tiny_corpus
+from bs_modules.lm.train import Trainer
+from bs_modules.testing import tiny_corpus, tiny_settings
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -224,14 +225,29 @@ def test_a_short_context_sees_at_least_half_of_itself():
 
 def test_attention_share_is_a_share_and_leaves_the_model_alone():
     model = model_of()
-    before = [p.clone() for p in model.parameters()]
     kinds = [type(block.attention) for block in model.blocks]
     tokens = torch.randint(0, 256, (1, 128), generator=torch.Generator().manual_seed(0))
-    share = attention_share(model, tokens, tokens)
+
+    def step():
+        model.loss(tokens, tokens).backward()
+
+    share = attention_share(model, step)
     assert 0 < share < 1
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    gradient = model.embedding.grad.clone()
     assert [type(block.attention) for block in model.blocks] == kinds
+    model.zero_grad()
+    for _ in range(3):
+        step()
+    assert torch.equal(model.embedding.grad, gradient)
+
+
+def test_a_probe_step_leaves_the_weights_alone():
+    trainer = Trainer(tiny_settings(), tiny_corpus())
+    trainer.train_step(1.0)
+    before = [p.clone() for p in trainer.model.parameters()]
+    trainer.probe_step()
+    assert trainer.step == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
 def test_peak_memory_counts_bytes():

@@ -48,8 +48,8 @@ def load_corpus(data: Sequence[str] | None, context: int) -> Corpus:
     """Reads and splits the text.
 
     Args:
-        data: Files, folders (read recursively, without hidden entries and `__pycache__`) and globs; `None` or empty: the source of the
-            running Python's standard library.
+        data: Files, folders (read recursively, without hidden entries and `__pycache__`) and globs; `None` or empty:
+            the source of the running Python's standard library.
         context: Tokens per training sequence; the training part must hold at least one sequence and its last target.
 
     Raises:

@@ -51,8 +51,8 @@ def train_session(folder: Path, given: dict[str, Any], *, resume: bool, compare:
             resolve(run.settings)
             if run.facts.get("torch") != torch.__version__:
                 console.print(
-                    f"this run was started with torch {run.facts.get('torch')}: with torch {torch.__version__} the bits may "
-                    "differ from an uninterrupted run's",
+                    f"this run was begun with torch {run.facts.get('torch')}; with torch {torch.__version__} the bits "
+                    "may differ from those of an uninterrupted run",
                     soft_wrap=True,
                 )
             _check_comparable(run.settings, compare)

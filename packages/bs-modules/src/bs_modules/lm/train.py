@@ -126,6 +126,11 @@ class Trainer:
         self.step += 1
         return bits
 
+    def probe_step(self) -> None:
+        """Takes a whole step that leaves the weights alone (the optimizer's averages move)."""
+        self.train_step(0.0)
+        self.step -= 1
+
     def save(self, folder: Path) -> None:
         """Writes a checkpoint.
 
@@ -241,7 +246,8 @@ def train(
     finally:
         run.close()
     peak = peak_memory(trainer.device)
-    share = attention_share(trainer.model, *trainer.batch(0))
+    # After the last checkpoint and at a learning rate of zero: the weights stay as they are.
+    share = attention_share(trainer.model, trainer.probe_step)
     density = density_met(trainer.model, settings)
     return Result(
         validation=validate(trainer.model, windows, trainer.device, visible),
@@ -280,7 +286,7 @@ def steps_within(settings: Settings, corpus: Corpus, seconds: float, *, validati
     times = []
     for _ in range(_WARM_STEPS + _TIMED_STEPS):
         start = time.perf_counter()
-        trainer.train_step(0.0)
+        trainer.probe_step()
         times.append(time.perf_counter() - start)
     per_step = sorted(times[_WARM_STEPS:])[_TIMED_STEPS // 2]
     if validation:
