@@ -288,3 +288,15 @@ def test_as_a_process_errors_are_one_line_and_status_two(place):
     assert done.returncode == 2
     assert done.stderr == "bsattn: error: data: no such file or folder: none\n"
     assert done.stdout == ""
+
+
+def test_show_and_ring_plan_belong_to_the_packages_below(capsys, tmp_path):
+    picture = tmp_path / "layout.png"
+    window = ["local_window", "--window-size", "128", "--tokens", "1024", "--causal"]
+    assert main(["show", *window, "--png", str(picture)]) == 0
+    assert "density" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(["show", "nothing"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["ring-plan", *window, "--world-size", "4"]) == 0
+    assert "rank" in capsys.readouterr().out

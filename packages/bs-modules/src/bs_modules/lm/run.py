@@ -72,7 +72,7 @@ class Run:
         stored = self.settings.to_dict()
         for name, value in given.items():
             value = list(value) if isinstance(value, tuple) else value
-            if name in NAMES and value is not None and stored.get(name) != value:
+            if name in NAMES and value not in (None, "auto") and stored.get(name) != value:
                 raise InputError(
                     f"run: {self.path} was started with {name}={stored.get(name)!r}, not {value!r}; "
                     "leave it out to continue, or start another run"

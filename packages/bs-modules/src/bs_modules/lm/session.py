@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,7 +133,7 @@ def _train_and_report(run: Run, corpus: Corpus, console: Console, stop: StopSign
             for line in verdicts(results):
                 console.print(line, soft_wrap=True)
     except Interrupted as error:
-        raise _stopped(run.path, error.step, stop.received) from None
+        raise _stopped(run.path, error.step, stop.received, compare) from None
     console.print(f"continue a prompt with: bsattn generate {run.path} --prompt 'def '", soft_wrap=True)
 
 
@@ -156,6 +157,6 @@ def _stop_early(stop: StopSignals) -> None:
         raise Interruption("stopped before the first step; nothing to save", 128 + (stop.received or 0))
 
 
-def _stopped(folder: Path, step: int, number: int | None) -> Interruption:
-    how = f"bsattn train --runs {folder.parent} --name {folder.name} --resume"
-    return Interruption(f"stopped at step {step:,}; saved; continue with: {how}", 128 + (number or 2))
+def _stopped(folder: Path, step: int, number: int | None, compare: bool) -> Interruption:
+    how = f"bsattn train --runs {folder.parent} --name {folder.name} --resume" + " --compare dense" * compare
+    return Interruption(f"stopped at step {step:,}; saved; continue with: {how}", 128 + (number or signal.SIGINT))

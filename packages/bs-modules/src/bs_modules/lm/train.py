@@ -92,6 +92,7 @@ class Trainer:
         settings = self.settings
         self.step = 0
         self.seconds = 0.0
+        self.peak_memory = 0
         torch.manual_seed(settings.seed)  # nothing here draws from it; a dropout of the attention would
         self.model = build_model(settings).to(self.device)
         half = settings.dtype == "bfloat16"
@@ -146,7 +147,8 @@ class Trainer:
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         try:
-            save_checkpoint(folder, self.step, tensors, {"seconds": self.seconds})
+            self.peak_memory = max(self.peak_memory, peak_memory(self.device))
+            save_checkpoint(folder, self.step, tensors, {"seconds": self.seconds, "peak_memory": self.peak_memory})
         except OSError as error:
             raise RunError(f"cannot write the checkpoint: {error.strerror or error}") from None
 
@@ -168,6 +170,7 @@ class Trainer:
         if self.device.type == "cuda" and "random.cuda" in found.tensors:
             torch.cuda.set_rng_state(found.tensors["random.cuda"], self.device)
         self.step, self.seconds = found.values["step"], found.values["seconds"]
+        self.peak_memory = found.values["peak_memory"]
 
     def windows(self) -> list[Any]:
         """The validation windows of this run."""
@@ -245,7 +248,6 @@ def train(
         raise RunError(f"{error}; {kept}") from None
     finally:
         run.close()
-    peak = peak_memory(trainer.device)
     # After the last checkpoint and at a learning rate of zero: the weights stay as they are.
     share = attention_share(trainer.model, trainer.probe_step)
     density = density_met(trainer.model, settings)
@@ -255,7 +257,7 @@ def train(
         tokens=settings.steps * tokens_per_step,
         seconds=trainer.seconds,
         tokens_per_second=settings.steps * tokens_per_step / trainer.seconds,
-        peak_memory=peak,
+        peak_memory=trainer.peak_memory,
         attention_share=share,
         parameters=sum(p.numel() for p in trainer.model.parameters()),
         density_requested=1.0 if settings.attention == "dense" else settings.sparse_config().density,
