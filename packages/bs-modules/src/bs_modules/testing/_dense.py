@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,8 +42,13 @@ def assert_matches_dense(out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: B
     """
     exact = dense_attention(q.double(), k.double(), v.double(), layout)
     own = dense_attention(q, k, v, layout)
-    # The output is rounded once; the oracle sums Sk terms in fp64, which costs at most Sk roundings.
-    band = (torch.finfo(out.dtype).eps + k.shape[1] * torch.finfo(torch.float64).eps) * exact.abs().max()
+    # The output is rounded once. Any order of summation may cost √n roundings of the longest sum, and an error of a
+    # score, at most `largest` in absolute terms, is a relative error of its probability.
+    accumulate = torch.promote_types(out.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5
+    largest = scale * float(q.double().norm(dim=-1).max() * k.double().norm(dim=-1).max())
+    roundings = math.sqrt(k.shape[1] + q.shape[-1]) * torch.finfo(accumulate).eps / 2 * (1 + largest)
+    band = torch.finfo(out.dtype).eps * exact.abs().max() + roundings * v.double().abs().max()
     allowed = 2 * (own.double() - exact).abs().max() + band
     error = (out.double() - exact).abs().max()
     assert error <= allowed, f"{what}: error {error:.3g} against the fp64 oracle, allowed {allowed:.3g}"
