@@ -36,6 +36,7 @@ class Settings:
         window_size, global_tokens, dilation_rates: Geometry, as in `SparsePatternConfig`.
         width, layers, head_dim, feed_forward: Sizes of the model.
         matrix_lr, embedding_lr, gain_lr: Peak learning rates.
+        momentum: Muon's. The default suits runs of some hundred steps, where 0.95 learns slower; see the guide.
         warmup: Steps over which learning rates rise.
         cooldown: Share of the steps, at the end, over which they fall to zero.
         device, dtype: `"auto"`, or what torch calls them.
@@ -57,13 +58,14 @@ class Settings:
     window_size: int | None = None
     global_tokens: int | None = None
     dilation_rates: tuple[int, ...] | None = None
-    width: int = 192
+    width: int = 128
     layers: int = 4
     head_dim: int = 64
     feed_forward: int | None = None
-    matrix_lr: float = 0.02
-    embedding_lr: float = 0.01
+    matrix_lr: float = 0.015
+    embedding_lr: float = 0.02
     gain_lr: float = 0.005
+    momentum: float = 0.8
     warmup: int = 10
     cooldown: float = 0.6
     device: str = "auto"
@@ -84,6 +86,7 @@ class Settings:
             value = getattr(self, name)
             _require(name, value, "a number ≥ 0", math.isfinite(value) and value >= 0)
         _require("seed", self.seed, "an integer in [0, 2^63)", 0 <= self.seed < 2**63)
+        _require("momentum", self.momentum, "a number in [0, 1)", 0 <= self.momentum < 1)
         _require("cooldown", self.cooldown, "a number in [0, 1]", 0 <= self.cooldown <= 1)
         _require("minutes", self.minutes, "a number > 0", self.minutes is None or 0 < self.minutes < math.inf)
         _require("dtype", self.dtype, f"auto, {', '.join(DTYPES)}", self.dtype in ("auto", *DTYPES))

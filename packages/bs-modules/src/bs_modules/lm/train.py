@@ -101,6 +101,7 @@ class Trainer:
             matrix_lr=settings.matrix_lr,
             embedding_lr=settings.embedding_lr,
             gain_lr=settings.gain_lr,
+            momentum=settings.momentum,
             iteration_dtype=torch.bfloat16 if half else torch.float32,
         )
 
