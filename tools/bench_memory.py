@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
-from bs_memory import BufferPool, DeviceCache, MemoryPressure, oom_recovery
+from bs_memory import BufferPool, DeviceCache, MemoryPressure, default_pool, oom_recovery
 
 MIB = 1 << 20
 OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "memory.json"
@@ -41,7 +42,7 @@ def machine() -> dict[str, Any]:
         cpu = names[0] if names else cpu
     return {
         "cpu": cpu,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -99,17 +100,8 @@ def bench_hot(rounds: int = 500, calls: int = 500) -> dict[str, Any]:
 def bench_buffers(rounds: int = 40) -> list[dict[str, Any]]:
     """CPU buffers of 1–256 MiB, written once per use: pool against torch.empty, with the page faults of each.
 
-    On one thread, so that the figure is of memory and not of who else wants the second core.
+    One thread, so that the figure is of memory and not of who else wants the second core.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _buffers(rounds)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _buffers(rounds: int) -> list[dict[str, Any]]:
     rows = []
     pool = BufferPool(pressure=None)
     for mib in (1, 4, 16, 64, 256):
@@ -230,40 +222,72 @@ def bench_hammer(seconds: float, count: int = 8, max_bytes: int = 4 * MIB) -> di
     }
 
 
-def bench_training(steps: int = 5) -> dict[str, Any] | str:
-    """Peak memory and allocations of a training step of the attention module, with and without the pool."""
+def bench_training(steps: int = 3, rounds: int = 5) -> list[dict[str, Any]] | str:
+    """Memory, allocations and time of a training step of the attention module, with and without the pool.
+
+    Without, every lease is a buffer of its own that nobody uses again. Peaks count what the pool holds when the step
+    begins.
+    """
     try:
         from bs_modules import create_block_sparse_attention
     except ImportError:
         return NOT_MEASURED
-    found: dict[str, Any] = {}
-    for pooled in (False, True):
-        torch.manual_seed(0)
+    tokens, heads, head_dim = 2048, 4, 64
+    q, k, v = (torch.randn(1, tokens, heads, head_dim, requires_grad=True) for _ in range(3))
+    leases = [0]
+
+    def lease_fresh(_: BufferPool, *arguments: Any, **options: Any) -> Any:
+        leases[0] += 1
+        return pooled_lease(BufferPool(pressure=None), *arguments, **options)
+
+    pooled_lease = BufferPool.lease
+    rows = []
+    for backend in ("torch", "native"):
         try:
-            attention = create_block_sparse_attention("base", use_memory_pool=pooled)
-        except (TypeError, ValueError) as error:
-            return f"{NOT_MEASURED}: {error}"
-        q, k, v = (torch.randn(1, 4096, 4, 64, requires_grad=True) for _ in range(3))
+            attention = create_block_sparse_attention("base", sparsity_ratio=0.1, block_size=64, backend=backend)
 
-        def step(attention: Any = attention, q: Any = q, k: Any = k, v: Any = v) -> None:
-            attention(q, k, v, is_causal=True).square().sum().backward()
-            q.grad = k.grad = v.grad = None
+            def step(attention: Any = attention) -> None:
+                attention(q, k, v, is_causal=True).square().sum().backward()
+                q.grad = k.grad = v.grad = None
 
-        step()
-        with torch.profiler.profile(profile_memory=True) as profile:
-            for _ in range(steps):
+            step()
+        except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            rows.append({"backend": backend, "not_measured": str(error).splitlines()[0]})
+            continue
+
+        def fresh_step(step: Callable[[], None] = step) -> None:
+            with mock.patch.object(BufferPool, "lease", lease_fresh):
                 step()
-        sizes = [event.cpu_memory_usage for event in profile.events() or [] if event.name == "[memory]"]
-        held = peak = 0
-        for size in sizes:
-            held += size
-            peak = max(peak, held)
-        found["with pool" if pooled else "without"] = {
-            "allocations_per_step": sum(size > 0 for size in sizes) / steps,
-            "bytes_allocated_per_step": sum(size for size in sizes if size > 0) / steps,
-            "peak_bytes_above_start": peak,
-        }
-    return found
+
+        leases[0] = 0
+        row: dict[str, Any] = {"backend": backend, "tokens": tokens, "heads": heads, "head_dim": head_dim}
+        for name, run in (("with the pool", step), ("without", fresh_step)):
+            default_pool().clear()
+            run()
+            idle = default_pool().stats("cpu").bytes_idle
+            with torch.profiler.profile(profile_memory=True) as profile:
+                for _ in range(steps):
+                    run()
+            raw: Any = profile.profiler
+            events = [event for event in raw.kineto_results.events() if event.name() == "[memory]"]
+            sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+            held = peak = 0
+            for size in sizes:
+                held += size
+                peak = max(peak, held)
+            row[name] = {
+                "allocations_per_step": sum(size > 0 for size in sizes) / steps,
+                "bytes_allocated_per_step": sum(size for size in sizes if size > 0) / steps,
+                "page_faults_per_step": faults(run, steps),
+                "peak_bytes": peak + idle,
+                "of_them_in_the_pool": idle,
+            }
+        row["leases_per_step"] = leases[0] / (2 * steps + 1)
+        times = interleaved({"with the pool": step, "without": fresh_step}, rounds, 1)
+        for name, seconds in times.items():
+            row[name]["seconds"] = seconds
+        rows.append(row)
+    return rows
 
 
 def table(results: dict[str, Any]) -> str:
@@ -281,7 +305,7 @@ def table(results: dict[str, Any]) -> str:
         lines.extend(["", f"## {title}", ""])
         lines.append(
             f"{info['cpu']}, {info['cpus']} CPUs, {info['cuda'] or 'no GPU'}, {info['system']}, torch {info['torch']}, "
-            f"Python {info['python']}, {info['torch_threads']} torch threads; load {info['load']}."
+            f"Python {info['python']}, {info['torch_threads']} torch thread; load {info['load']}."
         )
         lines.append("")
         return results[part]["result"]
@@ -291,7 +315,7 @@ def table(results: dict[str, Any]) -> str:
         lines += ["| call | best, µs | median, µs |", "|---|---:|---:|"]
         lines += [f"| {name} | {t['best'] * 1e6:.2f} | {t['median'] * 1e6:.2f} |" for name, t in rows.items()]
     if "buffers" in results:
-        rows = heading("buffers", "CPU buffers, written once per use, on one thread; best of the rounds")
+        rows = heading("buffers", "CPU buffers, written once per use; best of the rounds")
         lines += [
             "| MiB | pool, ms | torch.empty, ms | torch.empty / pool | page faults, pool | page faults, torch.empty |",
             "|---:|---:|---:|---:|---:|---:|",
@@ -323,13 +347,25 @@ def table(results: dict[str, Any]) -> str:
     if "training" in results:
         rows = heading("training", "A training step with and without the pool")
         if isinstance(rows, str):
-            lines.append(f"{rows.capitalize()}.")
-        else:
-            lines += ["| | allocations per step | MiB allocated per step | peak, MiB |", "|---|---:|---:|---:|"]
-            for name, t in rows.items():
+            return "\n".join([*lines, f"{rows.capitalize()}.", ""])
+        lines += [
+            "`BlockSparseRingDilatedAttention`, causal, density 0.1, block 64, float32, 2,048 tokens, 4 heads of 64, "
+            "forward and backward; best time of the rounds.",
+            "",
+            "| backend | pool | leases | allocations | MiB allocated | page faults | peak, MiB | in the pool | ms |",
+            "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for row in rows:
+            if "not_measured" in row:
+                lines.append(f"| {row['backend']} | {NOT_MEASURED}: {row['not_measured']} | | | | | | | |")
+                continue
+            for name in ("with the pool", "without"):
+                t = row[name]
                 lines.append(
-                    f"| {name} | {t['allocations_per_step']:.0f} | {t['bytes_allocated_per_step'] / MIB:.1f} "
-                    f"| {t['peak_bytes_above_start'] / MIB:.1f} |"
+                    f"| {row['backend']} | {name} | {row['leases_per_step']:.0f} | {t['allocations_per_step']:.0f} "
+                    f"| {t['bytes_allocated_per_step'] / MIB:.1f} | {t['page_faults_per_step']:.0f} "
+                    f"| {t['peak_bytes'] / MIB:.1f} | {t['of_them_in_the_pool'] / MIB:.1f} "
+                    f"| {t['seconds']['best'] * 1e3:.1f} |"
                 )
     return "\n".join(lines) + "\n"
 
@@ -351,6 +387,7 @@ def main() -> int:
         "hammer": lambda: bench_hammer(arguments.seconds),
         "training": bench_training,
     }
+    torch.set_num_threads(1)
     for part in arguments.only:
         print(f"{part} …", file=sys.stderr, flush=True)
         results[part] = {"machine": machine(), "result": runs[part]()}

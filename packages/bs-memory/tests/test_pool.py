@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -495,16 +496,19 @@ def test_poison_overwrites_integers():
     assert bool((tensor == 0xCB).all())
 
 
-def test_a_dropped_pool_is_collected():
-    import weakref
-
+def test_a_dropped_pool_lets_go_at_once():
     pool = BufferPool()
     with pool.lease((4,), F32, "cpu"):
         pass
-    watch = weakref.ref(pool)
-    del pool
-    gc.collect()
-    assert watch() is None
+    block = next(iter(pool._buckets.values())).free[0]
+    watches = [weakref.ref(pool), weakref.ref(block.flat)]
+    del block
+    gc.disable()
+    try:
+        del pool
+        assert [watch() for watch in watches] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_copies_of_a_pool_are_the_pool(pool):

@@ -6,7 +6,7 @@ from collections import deque
 
 import torch
 
-from bs_memory._storage import Block, Bucket, drop, evictable
+from bs_memory._storage import NONE, Block, Bucket, drop, evictable
 
 
 class Account:
@@ -127,6 +127,18 @@ class Account:
             if bucket.streams is not None:
                 block.fences = [(stream, None) for stream in (block.home, *block.extra)]
             drop(block)
+
+    def close(self) -> None:
+        """Drops all idle blocks and keeps no other from here on; waits for copies that use idle pinned ones."""
+        for bucket in list(self.buckets):
+            with bucket.lock:
+                bucket.closed = True
+                bucket.keeps = NONE
+                idle, bucket.free = bucket.free, []
+                for block in idle:
+                    self.settle(block)
+            for block in idle:
+                drop(block, wait=True)
 
     def orphan(self) -> None:
         """In a forked child: everything here belongs to the parent."""

@@ -21,7 +21,7 @@ from bs_memory._pressure import MemoryPressure, PressureLevel, default_pressure
 from bs_memory._readings import MemoryReading
 from bs_memory._request import check_budget, checked_shape
 from bs_memory._stats import PoolStats, collect
-from bs_memory._storage import NONE, ONE_OFF, Block, Bucket, Request, drop
+from bs_memory._storage import NONE, ONE_OFF, Block, Bucket, Request
 from bs_memory._streams import StreamBackend, streams_of
 
 _MAX_REQUESTS = 4096  # distinct requests remembered; shapes that never repeat must not pile up
@@ -103,6 +103,9 @@ class BufferPool:
         self._accounts: dict[torch.device, Account] = {}
         self._requests: dict[Any, Request] = {}
         self._next_tick = itertools.count(1).__next__
+        # Blocks and buckets know each other, so that a pool that is dropped would keep its memory until the collector
+        # came by; the pool itself is in no such circle.
+        weakref.finalize(self, _let_go, self._accounts).atexit = False
 
     # ---------------------------------------------------------------- leasing
 
@@ -248,15 +251,7 @@ class BufferPool:
             self._closed = True
             self._requests.clear()
         for account in self._accounts_on(None):
-            for bucket in list(account.buckets):
-                with bucket.lock:
-                    bucket.closed = True
-                    bucket.keeps = NONE
-                    idle, bucket.free = bucket.free, []
-                    for block in idle:
-                        account.settle(block)
-                for block in idle:
-                    drop(block, wait=True)
+            account.close()
 
     @property
     def closed(self) -> bool:
@@ -475,6 +470,11 @@ class BufferPool:
         for account in self._accounts.values():
             account.orphan()
         self._start()
+
+
+def _let_go(accounts: dict[torch.device, Account]) -> None:
+    for account in accounts.values():
+        account.close()
 
 
 _default = BufferPool()  # made at import, which allocates nothing, so that no lock guards it
