@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends._chunks import build_schedule
 from .backends._packing import KeyBlocks, QueryBlocks
+from .backends._places import Grouping, places_of
 from .backends._scores import ChunkScores, Frame
 from .backends.base import Call
 
@@ -32,13 +32,11 @@ def differentiable_backward(call: Call, dout: Tensor, lse: Tensor, delta: Tensor
         Gradients of q, k, v, attn_bias and block_bias; the last two empty where there is no such floating argument.
     """
     plan, dtype = call.plan, call.accumulate_dtype
-    batch, q_heads, kv_heads = call.q.shape[0], call.q.shape[2], call.k.shape[2]
-    group = q_heads // kv_heads if plan.heads == 1 else 1
-    head_units = q_heads // group
-    expansions = (batch if plan.batch == 1 else 1) * (head_units if plan.heads == 1 else 1)
-    schedule = build_schedule(plan, group, expansions, _BUDGET)
-    queries = QueryBlocks.of(plan, batch, head_units, group)
-    keys = KeyBlocks.of(plan, schedule.used, call.k, batch, call.page_table)
+    grouping = Grouping.of(plan, call.q.shape[0], call.q.shape[2], call.k.shape[2])
+    places = places_of(plan, grouping, _BUDGET)
+    used = places.schedule.used
+    queries = QueryBlocks.of(plan, grouping.batch, grouping.head_units, grouping.group)
+    keys = KeyBlocks.of(plan, used, call.k, grouping.batch, call.page_table)
     q, do = queries.pack(call.q, dtype), queries.pack(dout, dtype)
     k, v = keys.pack(call.k, dtype), keys.pack(call.v, dtype)
     lse_rows = queries.pack_rows(lse)
@@ -47,13 +45,13 @@ def differentiable_backward(call: Call, dout: Tensor, lse: Tensor, delta: Tensor
 
     float_bias = call.attn_bias if call.attn_bias is not None and call.attn_bias.is_floating_point() else None
     masks_only = replace(call, attn_bias=None if float_bias is not None else call.attn_bias, block_bias=None)
-    masks, biases = Frame(masks_only, schedule, head_units, group), Frame(call, schedule, head_units, group)
+    masks, biases = Frame(masks_only, used), Frame(call, used)
     parts: dict[str, list[Any]] = {name: [] for name in ("q", "k", "v", "attn", "block", "qi", "ki", "ai", "bi")}
-    for chunk in schedule.chunks:
-        at, of_bias = ChunkScores(masks, chunk), ChunkScores(biases, chunk)
-        units = at.q_index.numel()
-        q_c, do_c = q.index_select(0, at.q_index), do.index_select(0, at.q_index)
-        k_c, v_c = (x.index_select(0, at.kv_index).reshape(units, -1, x.shape[-1]) for x in (k, v))
+    for place in places.chunks:
+        at, of_bias = ChunkScores(masks, place), ChunkScores(biases, place)
+        units = place.q_index.numel()
+        q_c, do_c = q.index_select(0, place.q_index), do.index_select(0, place.q_index)
+        k_c, v_c = (x.index_select(0, place.kv_index).reshape(units, -1, x.shape[-1]) for x in (k, v))
         mask = torch.zeros(units, q_c.shape[1], k_c.shape[1], dtype=dtype, device=q.device)
         at.apply_(mask)
         scores = call.scale * (q_c @ k_c.transpose(1, 2)) + mask
@@ -61,14 +59,14 @@ def differentiable_backward(call: Call, dout: Tensor, lse: Tensor, delta: Tensor
             scores = (scores.view(at.shape) + of_bias.attn_bias_values(dtype)).view(mask.shape)
         if call.block_bias is not None:
             scores = (scores.view(at.shape) + of_bias.block_bias_values(dtype)).view(mask.shape)
-        weights = torch.exp(scores - lse_rows.index_select(0, at.q_index))
+        weights = torch.exp(scores - lse_rows.index_select(0, place.q_index))
         factor = torch.ones((), dtype=dtype, device=q.device)
         if call.dropout_p:
             factor = (at.keep().to(dtype) / (1 - call.dropout_p)).view(mask.shape)
         dweights = factor * (do_c @ v_c.transpose(1, 2))
-        dscores = weights * (dweights - delta_rows.index_select(0, at.q_index))
-        parts["qi"].append(at.q_index)
-        parts["ki"].append(at.kv_index)
+        dscores = weights * (dweights - delta_rows.index_select(0, place.q_index))
+        parts["qi"].append(place.q_index)
+        parts["ki"].append(place.kv_index)
         parts["q"].append(call.scale * (dscores @ k_c))
         parts["k"].append((call.scale * (dscores.transpose(1, 2) @ q_c)).view(-1, *k.shape[1:]))
         parts["v"].append(((weights * factor).transpose(1, 2) @ do_c).view(-1, *v.shape[1:]))

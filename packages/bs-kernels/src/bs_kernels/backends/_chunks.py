@@ -58,14 +58,14 @@ class Schedule:
         chunks: the chunks, later pieces of long rows after earlier ones.
         workspace: elements of the largest chunk's score tile.
         gathered: key tokens of the largest chunk, over all its units.
-        units: units of the largest chunk.
+        bytes_placed: bytes of the index and mask tensors that say where all units lie.
     """
 
     used: Tensor
     chunks: tuple[Chunk, ...]
     workspace: int
     gathered: int
-    units: int
+    bytes_placed: int
 
 
 def build_schedule(plan: LayoutPlan, group: int, expansions: int, budget: int) -> Schedule:
@@ -98,14 +98,15 @@ def build_schedule(plan: LayoutPlan, group: int, expansions: int, budget: int) -
     piece_blocks = max(1, budget // unit)
     pieces = _split_rows(counts, cuts, starts, piece_blocks)
     chunks: list[Chunk] = []
-    largest = gathered = most_units = 0
+    largest = gathered = bytes_placed = 0
     for members, expand in _group_pieces(pieces, unit, expansions, budget):
         n = int(pieces.blocks[members].max())
         padding = n - pieces.blocks[members]
         take = pieces.start[members, None] + np.maximum(np.arange(n) - padding[:, None], 0)
         units = len(members) * (expand[1] - expand[0])
         largest, gathered = max(largest, units * n * unit), max(gathered, units * n * block_kv)
-        most_units = max(most_units, units)
+        cut = int(pieces.cut[members[0]])
+        bytes_placed += units * (n + 4) * 8 + len(members) * cut * block_q * block_kv
         on_device = [
             torch.from_numpy(np.ascontiguousarray(a, np.int64)).to(plan.device)
             for a in (pieces.row[members], position[take], entries[slots[take]], padding)
@@ -114,14 +115,13 @@ def build_schedule(plan: LayoutPlan, group: int, expansions: int, budget: int) -
             Chunk(
                 *on_device,
                 max_padding=int(padding.max()),
-                cut=int(pieces.cut[members[0]]),
+                cut=cut,
                 first=bool(pieces.order[members[0]] == 0),
                 expand=expand,
             )
         )
-    return Schedule(
-        torch.from_numpy(used.astype(np.int64)).to(plan.device), tuple(chunks), largest, gathered, most_units
-    )
+    on_device = torch.from_numpy(used.astype(np.int64)).to(plan.device)
+    return Schedule(on_device, tuple(chunks), largest, gathered, bytes_placed)
 
 
 @dataclass(frozen=True)

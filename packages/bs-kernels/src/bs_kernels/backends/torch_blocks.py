@@ -17,9 +17,8 @@ from torch import Tensor
 
 from bs_memory import default_pool
 
-from .._derived import derived
-from ._chunks import Schedule, build_schedule
 from ._packing import KeyBlocks, QueryBlocks, add_rows_
+from ._places import ChunkPlace, Grouping, places_of
 from ._scores import ChunkScores, Frame
 from .base import Call, Gradients, Needs, Problem
 
@@ -62,15 +61,13 @@ class _Run(ExitStack):
         plan, self.call = call.plan, call
         batch, q_heads, kv_heads = call.q.shape[0], call.q.shape[2], call.k.shape[2]
         self.dtype = call.accumulate_dtype
-        self.group = q_heads // kv_heads if plan.heads == 1 else 1
-        self.head_units = q_heads // self.group
-        expansions = (batch if plan.batch == 1 else 1) * (self.head_units if plan.heads == 1 else 1)
-        budget = _BUDGET.get(call.q.device.type, _BUDGET_ELSEWHERE)
-        key = ("torch", self.group, expansions, budget)
-        self.schedule: Schedule = derived(plan, key, lambda: build_schedule(plan, self.group, expansions, budget))
-        self.frame = Frame(call, self.schedule, self.head_units, self.group)
+        grouping = Grouping.of(plan, batch, q_heads, kv_heads)
+        self.group, self.head_units = grouping.group, grouping.head_units
+        self.places = places_of(plan, grouping, _BUDGET.get(call.q.device.type, _BUDGET_ELSEWHERE))
+        used = self.places.schedule.used
+        self.frame = Frame(call, used)
         self.queries = QueryBlocks.of(plan, batch, self.head_units, self.group)
-        self.keys = KeyBlocks.of(plan, self.schedule.used, call.k, batch, call.page_table)
+        self.keys = KeyBlocks.of(plan, used, call.k, batch, call.page_table)
         self.rows = self.group * plan.block_size[0]
         narrow = call.q.dtype == torch.bfloat16 and call.q.device.type == "cpu" and _multiplies_bfloat16()
         self.operand = torch.bfloat16 if narrow else self.dtype
@@ -84,34 +81,36 @@ class _Run(ExitStack):
 
     def forward(self, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Output and LSE, chunk by chunk; later pieces of a long row merge with the earlier ones."""
-        call, schedule = self.call, self.schedule
+        call = self.call
         q = self.queries.pack(call.q, self.operand, self.empty)
         k, v = (self.keys.pack(x, self.operand, self.empty).flatten(1) for x in (call.k, call.v))
         dim_v = call.v.shape[-1]
         out = self._full((q.shape[0], self.rows, dim_v), 0)
         lse = self._full((q.shape[0], self.rows, 1), _NEG_INF)
         tiles = _Tiles(self, max(call.q.shape[-1], dim_v), scores=2, operands=2)
-        for chunk in schedule.chunks:
-            at = ChunkScores(self.frame, chunk)
-            k_c, v_c = self._gather(k, at, tiles.operands[0]), self._gather(v, at, tiles.operands[1])
+        for place in self.places.chunks:
+            at, chunk = ChunkScores(self.frame, place), place.chunk
+            k_c, v_c = self._gather(k, place, tiles.operands[0]), self._gather(v, place, tiles.operands[1])
             scores, weights = tiles.view_scores(k_c)
-            self._scores(q.index_select(0, at.q_index), k_c, tiles, scores)
+            self._scores(q.index_select(0, place.q_index), k_c, tiles, scores)
             at.apply_(scores)
             lse_c = _softmax_(scores, weights, at.may_empty)
             if call.dropout_p:
                 weights.view(at.shape).mul_(at.keep()).div_(1 - call.dropout_p)
             out_c = torch.bmm(tiles.as_operand(weights), v_c).to(self.dtype)
             if not chunk.first:
-                out_c, lse_c = _merge(out.index_select(0, at.q_index), lse.index_select(0, at.q_index), out_c, lse_c)
-            out.index_copy_(0, at.q_index, out_c)
-            lse.index_copy_(0, at.q_index, lse_c)
+                out_c, lse_c = _merge(
+                    out.index_select(0, place.q_index), lse.index_select(0, place.q_index), out_c, lse_c
+                )
+            out.index_copy_(0, place.q_index, out_c)
+            lse.index_copy_(0, place.q_index, lse_c)
         if call.sinks is not None:
             lse = self._add_sinks_(out, lse, call.sinks)
         return self.queries.unpack(out, out_dtype), self.queries.unpack_rows(lse.squeeze(-1))
 
     def backward(self, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype) -> Gradients:
         """Gradients, recomputing each chunk's probabilities from the LSE."""
-        call, schedule = self.call, self.schedule
+        call = self.call
         q, do = (self.queries.pack(x, self.operand, self.empty) for x in (call.q, dout))
         k, v = (self.keys.pack(x, self.operand, self.empty).flatten(1) for x in (call.k, call.v))
         lse, delta = (self.queries.pack_rows(x, self.empty) for x in (lse, delta))
@@ -120,30 +119,30 @@ class _Run(ExitStack):
         d_attn = self._gradient_of(call.attn_bias, needs.attn_bias)
         d_block = self._gradient_of(call.block_bias, needs.block_bias)
         tiles = _Tiles(self, max(q.shape[-1], do.shape[-1]), scores=2, operands=2)
-        for chunk in schedule.chunks:
-            at = ChunkScores(self.frame, chunk)
-            k_c, v_c = self._gather(k, at, tiles.operands[0]), self._gather(v, at, tiles.operands[1])
-            q_c, do_c = q.index_select(0, at.q_index), do.index_select(0, at.q_index)
+        for place in self.places.chunks:
+            at, chunk = ChunkScores(self.frame, place), place.chunk
+            k_c, v_c = self._gather(k, place, tiles.operands[0]), self._gather(v, place, tiles.operands[1])
+            q_c, do_c = q.index_select(0, place.q_index), do.index_select(0, place.q_index)
             weights, dscores = tiles.view_scores(k_c)
             self._scores(q_c, k_c, tiles, weights)
             at.apply_(weights)
-            weights.sub_(lse.index_select(0, at.q_index)).exp_()
+            weights.sub_(lse.index_select(0, place.q_index)).exp_()
             keep = at.keep() if call.dropout_p else None
             dweights = torch.bmm(do_c, v_c.transpose(1, 2), out=tiles.view_product(dscores))
             if keep is not None:
                 dweights.view(at.shape).mul_(keep).div_(1 - call.dropout_p)
-            torch.sub(dweights, delta.index_select(0, at.q_index), out=dscores).mul_(weights)
+            torch.sub(dweights, delta.index_select(0, place.q_index), out=dscores).mul_(weights)
             if keep is not None:
                 weights.view(at.shape).mul_(keep).div_(1 - call.dropout_p)
-            self._add_keys_(dv, at, tiles.as_operand(weights), do_c, tiles)
+            self._add_keys_(dv, place, tiles.as_operand(weights), do_c, tiles)
             if d_block is not None:
                 add_rows_(d_block.view(-1), *at.block_bias_gradient(dscores))
             if d_attn is not None:
                 add_rows_(d_attn.view(-1), *at.attn_bias_gradient(dscores))
             dscores = tiles.as_operand(dscores)
             dq_c = torch.bmm(dscores, k_c).to(self.dtype)
-            dq.index_copy_(0, at.q_index, dq_c if chunk.first else dq_c.add_(dq.index_select(0, at.q_index)))
-            self._add_keys_(dk, at, dscores, q_c, tiles)
+            dq.index_copy_(0, place.q_index, dq_c if chunk.first else dq_c.add_(dq.index_select(0, place.q_index)))
+            self._add_keys_(dk, place, dscores, q_c, tiles)
         block = call.plan.block_size[1]
         return Gradients(
             self.queries.unpack(dq.mul_(call.scale), grad_dtype),
@@ -158,10 +157,10 @@ class _Run(ExitStack):
         k_c = tiles.widened(k_c)
         torch.baddbmm(out, q_c.to(self.dtype), k_c.transpose(1, 2), beta=0, alpha=self.call.scale, out=out)
 
-    def _add_keys_(self, into: Tensor, at: ChunkScores, left: Tensor, right: Tensor, tiles: _Tiles) -> None:
+    def _add_keys_(self, into: Tensor, place: ChunkPlace, left: Tensor, right: Tensor, tiles: _Tiles) -> None:
         """Add ``leftᵀ @ right`` to a packed gradient of keys or values."""
         part = torch.bmm(left.transpose(1, 2), right, out=tiles.view_keys(left, right))
-        add_rows_(into, at.kv_index, tiles.widened(part).view(at.kv_index.numel(), -1))
+        add_rows_(into, place.kv_index, tiles.widened(part).view(place.kv_index.numel(), -1))
 
     def _add_sinks_(self, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
         """Let sinks join the softmax: rescale ``out`` in place and return the LSE with them."""
@@ -172,12 +171,12 @@ class _Run(ExitStack):
         out.view(*shape[:-1], -1).mul_(torch.exp(lse.view(shape) - total))
         return total.view_as(lse)
 
-    def _gather(self, pool: Tensor, at: ChunkScores, buffer: Tensor) -> Tensor:
+    def _gather(self, pool: Tensor, place: ChunkPlace, buffer: Tensor) -> Tensor:
         """Key blocks of a chunk: [units, n · bk, X]."""
         dim = pool.shape[1] // self.call.plan.block_size[1]
-        rows = buffer[: at.kv_index.numel() * pool.shape[1]].view(-1, pool.shape[1])
-        torch.index_select(pool, 0, at.kv_index, out=rows)
-        return rows.view(at.q_index.numel(), -1, dim)
+        rows = buffer[: place.kv_index.numel() * pool.shape[1]].view(-1, pool.shape[1])
+        torch.index_select(pool, 0, place.kv_index, out=rows)
+        return rows.view(place.q_index.numel(), -1, dim)
 
     def _gradient_of(self, x: Tensor | None, needed: bool) -> Tensor | None:
         return torch.zeros(x.shape, dtype=self.dtype, device=x.device) if x is not None and needed else None
@@ -194,7 +193,7 @@ class _Tiles:
     """
 
     def __init__(self, run: _Run, width: int, *, scores: int, operands: int) -> None:
-        schedule, self.rows = run.schedule, run.rows
+        schedule, self.rows = run.places.schedule, run.rows
         gathered = schedule.gathered * width
         self.narrow = run.operand != run.dtype
         self.scores = run.empty((scores, schedule.workspace), run.dtype)
