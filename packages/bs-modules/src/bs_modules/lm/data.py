@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
 import hashlib
+import os
 import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
@@ -78,13 +80,12 @@ def standard_library() -> list[tuple[str, bytes]]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
-    for path in sorted(root.rglob("*.py")) if root.is_dir() else []:
-        relative = path.relative_to(root)
-        if _EXCLUDED.isdisjoint(relative.parts):
-            try:
-                files.append((relative.as_posix(), path.read_bytes()))
-            except OSError:  # a dangling link or a file of another user: the rest is enough
-                continue
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _EXCLUDED]
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            # A dangling link or a file of another user: the rest is enough.
+            with contextlib.suppress(OSError):
+                files.append((path.relative_to(root).as_posix(), path.read_bytes()))
     files = sorted(((name, text) for name, text in files if text), key=lambda item: item[0])
     if not files:
         raise InputError(f"data: no standard library sources under {root}; give text with --data")

@@ -40,6 +40,7 @@ def assert_matches_dense(out: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: B
         q, k, v, layout: As for `dense_attention`.
         what: Named in the message.
     """
+    out, q, k, v = (x.detach() for x in (out, q, k, v))
     exact = dense_attention(q.double(), k.double(), v.double(), layout)
     own = dense_attention(q, k, v, layout)
     # The output is rounded once. Any order of summation may cost √n roundings of the longest sum, and an error of a
