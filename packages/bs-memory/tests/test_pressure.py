@@ -273,6 +273,15 @@ def test_the_pool_keeps_nothing_while_memory_is_critical(pressure, memory, clock
     assert pool.stats().buffers == 8
 
 
+def test_a_closed_pool_stays_closed_when_memory_comes_back(pressure, memory, clock):
+    pool = BufferPool(pressure=pressure)
+    lease = pool.lease((1024,), torch.uint8, CPU)
+    pool.close()
+    pool._relieve(CPU, NORMAL)
+    lease.release()
+    assert pool.stats().bytes_held == 0
+
+
 def test_a_closed_pool_ignores_pressure(pressure, memory, clock, caplog):
     pool = BufferPool(pressure=pressure)
     fill(pool)

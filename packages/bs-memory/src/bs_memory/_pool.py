@@ -452,8 +452,7 @@ class BufferPool:
         """Adapts to a level of pressure on `device`."""
         for account in self._accounts_on(device):
             for bucket in list(account.buckets):
-                if not bucket.closed:
-                    bucket.discard(level is PressureLevel.CRITICAL)
+                bucket.discard(level is PressureLevel.CRITICAL)
             if level is PressureLevel.CRITICAL:
                 account.trim(0)
             elif level is PressureLevel.HIGH:

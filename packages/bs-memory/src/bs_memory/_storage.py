@@ -183,7 +183,8 @@ class Bucket:
     def discard(self, yes: bool) -> None:
         """Whether nothing is to be kept on release from now on."""
         with self.lock:
-            self.keeps = NONE if yes else self.epoch
+            if not self.closed:
+                self.keeps = NONE if yes else self.epoch
 
     def renew(self) -> None:
         """Begins a new epoch: what is leased now will not be kept; the caller holds the lock."""

@@ -78,7 +78,8 @@ class TorchStreams:
         event.synchronize()
 
     def recycle(self, event: Any) -> None:
-        self._spare.setdefault(event.device, deque(maxlen=self._KEEP_EVENTS)).append(event)
+        device = getattr(event, "device", None)  # without one, the event is not used again
+        self._spare.setdefault(device, deque(maxlen=self._KEEP_EVENTS)).append(event)
 
     def capturing(self) -> bool:
         probe = getattr(self._module, "is_current_stream_capturing", None)
