@@ -1,6 +1,6 @@
 """Collect finished `bsattn train` runs into docs/benchmarks/training.json and print their table.
 
-    python tools/record_runs.py default=runs/default long=runs/thirty compared=runs/compared
+python tools/record_runs.py default=runs/default long=runs/thirty compared=runs/compared
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def main(arguments: list[str]) -> int:
         lines = info.read_text(encoding="utf-8").splitlines()
         machine["processor"] = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
         machine["cpus"] = str(sum(line.startswith("processor") for line in lines))
-    TARGET.write_text(json.dumps({"machine": machine, "runs": runs}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    TARGET.write_text(
+        json.dumps({"machine": machine, "runs": runs}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     print("\n".join(row for name, run in runs.items() for row in rows(name, run)))
     return 0
 

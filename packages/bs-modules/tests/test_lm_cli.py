@@ -134,9 +134,9 @@ def test_compare_dense_trains_the_controls_and_judges(place, capsys):
     results = json.loads((place / "runs" / "one" / "compare.json").read_text())
     assert list(results) == [
         "block-sparse",
-        "dense, equal steps",
         "dense, equal seconds",
         "dense, 1,024-token context, equal seconds",
+        "dense, equal steps",
     ]
     scored = {result["validation"]["scored"] for result in results.values()}
     assert len(scored) == 1
