@@ -31,7 +31,12 @@ JOBS: list[tuple[str, list[str]]] = [
 
 def run(name: str, command: list[str]) -> tuple[bool, str]:
     """Run one job; return whether it passed and its entry in the log."""
-    env = {**os.environ, "HYPOTHESIS_PROFILE": os.environ.get("HYPOTHESIS_PROFILE", "soak"), "BS_SOAK": "1", "BS_SIGKILLS": "40"}
+    env = {
+        **os.environ,
+        "HYPOTHESIS_PROFILE": os.environ.get("HYPOTHESIS_PROFILE", "soak"),
+        "BS_SOAK": "1",
+        "BS_SIGKILLS": "40",
+    }
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seconds = time.monotonic() - start
