@@ -51,17 +51,17 @@ def get_block_sparse_preset(
             to be given).
         **overrides: Arguments of `create_block_sparse_attention` that replace or add to the preset's own.
 
-    Presets and the density of their layouts, not causal / causal, at blocks of 64 (`hierarchical_fine`: 32):
+    Presets and the density of their layouts, not causal / causal, at blocks of 64 (`hierarchical_fine`: 32)::
 
-    | preset                 | 4,096 tokens    | 16,384 tokens   | 65,536 tokens   |
-    |------------------------|-----------------|-----------------|-----------------|
-    | `local`                | 0.1357 / 0.2596 | 0.0349 / 0.0689 | 0.0088 / 0.0175 |
-    | `dilated`              | 0.1001 / 0.1000 | 0.1000 / 0.1000 | 0.1000 / 0.1000 |
-    | `global_local`         | 0.1929 / 0.3120 | 0.0501 / 0.0839 | 0.0127 / 0.0214 |
-    | `ultra_sparse`         | 0.0156 / 0.0308 | 0.0100 / 0.0100 | 0.0100 / 0.0100 |
-    | `hierarchical_standard` | 0.2354 / 0.2471 | 0.1085 / 0.1119 | 0.0742 / 0.0751 |
-    | `hierarchical_fine`    | 0.1409 / 0.1475 | 0.0498 / 0.0517 | 0.0244 / 0.0248 |
-    | `hierarchical_long`    | 0.2354 / 0.2471 | 0.0821 / 0.0857 | 0.0330 / 0.0339 |
+        | preset                 | 4,096 tokens    | 16,384 tokens   | 65,536 tokens   |
+        |------------------------|-----------------|-----------------|-----------------|
+        | `local`                | 0.1357 / 0.2596 | 0.0349 / 0.0689 | 0.0088 / 0.0175 |
+        | `dilated`              | 0.1001 / 0.1000 | 0.1000 / 0.1000 | 0.1000 / 0.1000 |
+        | `global_local`         | 0.1929 / 0.3120 | 0.0501 / 0.0839 | 0.0127 / 0.0214 |
+        | `ultra_sparse`         | 0.0156 / 0.0308 | 0.0100 / 0.0100 | 0.0100 / 0.0100 |
+        | `hierarchical_standard` | 0.2354 / 0.2471 | 0.1085 / 0.1119 | 0.0742 / 0.0751 |
+        | `hierarchical_fine`    | 0.1409 / 0.1475 | 0.0498 / 0.0517 | 0.0244 / 0.0248 |
+        | `hierarchical_long`    | 0.2354 / 0.2471 | 0.0821 / 0.0857 | 0.0330 / 0.0339 |
 
     Raises:
         ValueError: An unknown name; the nearest is suggested.
