@@ -1,0 +1,147 @@
+"""The page of tables and the plots that show what `bench_cpu.py` measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_INTRODUCTION = """\
+# Kernels on a CPU, measured
+
+Made by `python tools/bench_cpu.py`; the raw figures are in `cpu.json`. Dense is `scaled_dot_product_attention` on
+head-major contiguous tensors; everything compared takes turns in one process. η = density × t_dense / t_sparse: 1 means
+that every skipped block is time saved. Times are medians, with quartiles in the JSON. “Both” is forward and backward.
+Load is the machine's load average when a section began.
+"""
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page of tables."""
+    lines = [_INTRODUCTION]
+    for name, write in (
+        ("speed", _speed_table),
+        ("length", _length_table),
+        ("masks", _masks_table),
+        ("small", _small_table),
+        ("plan", _plan_table),
+        ("memory", _memory_table),
+    ):
+        section = found.get(name)
+        if section:
+            where = "{cpu} ({i}), {cpus} CPUs, {threads} torch threads, torch {torch}, load {load}.".format(
+                **section["machine"], i=" ".join(section["machine"]["instructions"])
+            )
+            lines += [*write(section["records"], where), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
+    return [
+        f"| {' | '.join(header)} |",
+        f"|{'---|' * len(header)}",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+    ]
+
+
+def _speed_table(records: list[dict[str, Any]], where: str) -> list[str]:
+    lines = ["## η over density", "", where, "", "![η over density](cpu_eta.svg)"]
+    contestants = list(dict.fromkeys(name for record in records for name in record["eta"]))
+    header = ["dtype", "D", "KV heads", "layout", "block", "density", "dense forward, ms", "dense both, ms"]
+    rows = [
+        [
+            r["dtype"],
+            r["head_dim"],
+            f"{r['kv_heads']} of {r['heads']}",
+            r["layout"],
+            r["block"],
+            r["density"],
+            r["times"]["dense forward"]["ms"],
+            r["times"]["dense both"]["ms"],
+            *(r["eta"].get(name, "") for name in contestants),
+        ]
+        for r in records
+    ]
+    first = records[0]
+    what = f"{first['tokens']} tokens, {first['heads']} heads, {'causal' if first['causal'] else 'not causal'}."
+    return [*lines, "", what, "", *_table(header + [f"η {name}" for name in contestants], rows)]
+
+
+def _length_table(records: list[dict[str, Any]], where: str) -> list[str]:
+    contestants = list(records[0]["times"])
+    rows = [[r["dtype"], r["tokens"], r["density"], *(r["times"][name]["ms"] for name in contestants)] for r in records]
+    lines = ["## Time over length, 16 blocks of 64 per row", "", where, "", "![time over length](cpu_length.svg)", ""]
+    return lines + _table(["dtype", "tokens", "density", *(f"{name}, ms" for name in contestants)], rows)
+
+
+def _masks_table(records: list[dict[str, Any]], where: str) -> list[str]:
+    rows = [[r["dtype"], r["backend"], r["mask"], r["cost_per_block"]] for r in records]
+    header = ["dtype", "backend", "mask", "cost per active block, relative"]
+    return ["## Masks inside blocks, forward and backward", "", where, "", *_table(header, rows)]
+
+
+def _small_table(records: list[dict[str, Any]], where: str) -> list[str]:
+    names = list(records[0]["times"])
+    rows = [[r["tokens"], r["heads"], *(round(r["times"][name]["best"] * 1e3) for name in names)] for r in records]
+    header = ["tokens", "heads", *(f"{name}, µs" for name in names)]
+    note = "“Bare” is the backend alone; forward minus bare is what the call costs above the arithmetic. Best of 200."
+    return ["## Tiny inputs", "", where, "", note, "", *_table(header, rows)]
+
+
+def _plan_table(records: list[dict[str, Any]], where: str) -> list[str]:
+    rows = [
+        [r["tokens"], r["heads"], r["blocks"], r["times"]["build"]["ms"], r["times"]["look up"]["ms"]] for r in records
+    ]
+    return ["## Plans", "", where, "", *_table(["tokens", "heads", "blocks", "build, ms", "look up, ms"], rows)]
+
+
+def _memory_table(records: list[dict[str, Any]], where: str) -> list[str]:
+    rows = [[r["tokens"], r["heads"], r["name"], r["peak_mib"], r["total_mib"], r["seconds"]] for r in records]
+    note = (
+        "Forward and backward, bfloat16, head dim 64, causal, 16 blocks of 64 per row. “Explicit” holds the scores; "
+        "“dense” is `scaled_dot_product_attention`. What is missing was not run."
+    )
+    header = ["tokens", "heads", "how", "MiB above the inputs", "MiB in all", "seconds"]
+    return ["## Memory", "", where, "", note, "", *_table(header, rows)]
+
+
+def plots(found: dict[str, Any], folder: Path) -> None:
+    """η over density and time over length, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "bs-kernels"
+    if "speed" in found:
+        records = [r for r in found["speed"]["records"] if r["kv_heads"] == r["heads"]]
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+        for axis, phase in zip(axes, ("forward", "both"), strict=True):
+            series: dict[str, list[tuple[float, float]]] = {}
+            for r in records:
+                for name, eta in r["eta"].items():
+                    if name.endswith(phase) and r["layout"] == "random" and r["block"] == 64:
+                        key = f"{name.split()[0]} {r['dtype']} D={r['head_dim']}"
+                        series.setdefault(key, []).append((r["density"], eta))
+            for key, points in series.items():
+                axis.plot(*zip(*sorted(points), strict=True), marker="o", label=key)
+            axis.axhline(1, color="grey", linewidth=0.8)
+            axis.set(xscale="log", xlabel="density", title="forward" if phase == "forward" else "forward and backward")
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("η = density × t_dense / t_sparse")
+        axes[1].legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(folder / "cpu_eta.svg", metadata={"Date": None})
+    if "length" in found:
+        figure, axis = plt.subplots(figsize=(6, 4))
+        series = {}
+        for r in found["length"]["records"]:
+            for name, times in r["times"].items():
+                if name.endswith("both"):
+                    series.setdefault(f"{name.split()[0]} {r['dtype']}", []).append((r["tokens"], times["ms"]))
+        for key, points in series.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=key)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms, forward and backward")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(folder / "cpu_length.svg", metadata={"Date": None})
