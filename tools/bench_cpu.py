@@ -156,7 +156,7 @@ def contestants_of(
     dense_cotangent = cotangent.transpose(1, 2).contiguous()
 
     def dense() -> torch.Tensor:
-        return scaled_dot_product_attention(*dense_tensors, is_causal=causal, enable_gqa=grouped)
+        return scaled_dot_product_attention(*dense_tensors, is_causal=causal, enable_gqa=grouped)  # pyright: ignore[reportArgumentType]
 
     def no_grad(run: Callable[[], Any]) -> Callable[[], Any]:
         return torch.no_grad()(run)
@@ -177,7 +177,7 @@ def runners(
     """Forward without gradients, and forward+backward, of one backend."""
 
     def sparse() -> torch.Tensor:
-        return block_sparse_attention(*tensors, plan, backend=name, **arguments)
+        return block_sparse_attention(*tensors, plan, backend=name, **arguments)  # pyright: ignore[reportCallIssue]
 
     return torch.no_grad()(sparse), lambda: torch.autograd.grad(sparse(), tensors, cotangent)
 
@@ -370,7 +370,7 @@ def small(args: argparse.Namespace) -> list[dict[str, Any]]:
             turns: dict[str, Callable[[], Any]] = {}
             for name in dict.fromkeys([*args.backends, "reference"]):
                 forward, both = runners(name, tensors, cotangent, plan)
-                bare = partial(torch.no_grad()(get_backend(name).forward), make_call(*tensors, plan), torch.float32)
+                bare = partial(torch.no_grad()(get_backend(name).forward), make_call(*tensors, plan), torch.float32)  # pyright: ignore[reportCallIssue]
                 turns |= {f"{name} bare": bare, f"{name} forward": forward, f"{name} both": both}
             times = take_turns(turns, 200)
             record = {"tokens": tokens, "heads": heads, "times": times}
@@ -459,7 +459,7 @@ def child_memory(name: str, tokens: int, heads: int) -> None:
         out = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     else:
         with only(name):
-            out = block_sparse_attention(*tensors, layout, backend=name)
+            out = block_sparse_attention(*tensors, layout, backend=name)  # pyright: ignore[reportCallIssue]
             torch.autograd.grad(out, tensors, cotangent)
             out = None
     if out is not None:
@@ -474,7 +474,7 @@ def main() -> None:
         child_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
         return
     available = [b.name for b in BACKENDS if b.name in ("native", "torch")]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--backends", nargs="+", default=available)
     parser.add_argument("--tokens", type=int, default=8192)
