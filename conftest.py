@@ -1,4 +1,4 @@
-"""Hypothesis profiles for every test run: `dev` (quick, the default) and `ci` (thorough)."""
+"""Hypothesis profiles for every test run: `dev` (quick, the default), `ci` (thorough) and `soak` (an hour or more)."""
 
 import os
 
@@ -7,5 +7,5 @@ from hypothesis import HealthCheck, settings
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=15, **_COMMON)
 settings.register_profile("ci", max_examples=30, print_blob=True, **_COMMON)
-settings.register_profile("soak", max_examples=1000, print_blob=True, **_COMMON)
+settings.register_profile("soak", max_examples=300, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

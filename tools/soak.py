@@ -24,7 +24,7 @@ JOBS: list[tuple[str, list[str]]] = [
         [sys.executable, "tools/bench_memory.py", "--only", "hammer", "--seconds", "60"],
     ),
     ("kernels: oracle over the whole argument space", [*PYTEST, "packages/bs-kernels"]),
-    ("comm: plans", [*PYTEST, "packages/bs-comm"]),
+    ("comm: plans, rings, 50 killed or stopped ranks", [*PYTEST, "packages/bs-comm"]),
     ("modules: kill and resume", [*PYTEST, "packages/bs-modules"]),
 ]
 
@@ -48,7 +48,11 @@ def run(name: str, command: list[str]) -> tuple[bool, str]:
 def main() -> int:
     """Run every job, or those whose names contain an argument."""
     wanted = sys.argv[1:]
-    lines = [f"{time.strftime('%Y-%m-%d')}  Python {platform.python_version()}  {os.cpu_count()} CPUs\n"]
+    version = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True)
+    lines = [
+        f"{time.strftime('%Y-%m-%d')}  commit {version.stdout.strip() or 'unknown'}  Python {platform.python_version()}  "
+        f"{os.cpu_count()} CPUs\n"
+    ]
     failed = 0
     for name, command in JOBS:
         if wanted and not any(word in name for word in wanted):
