@@ -48,11 +48,10 @@ def run(name: str, command: list[str]) -> tuple[bool, str]:
 def main() -> int:
     """Run every job, or those whose names contain an argument."""
     wanted = sys.argv[1:]
-    version = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True)
-    lines = [
-        f"{time.strftime('%Y-%m-%d')}  commit {version.stdout.strip() or 'unknown'}  Python {platform.python_version()}  "
-        f"{os.cpu_count()} CPUs\n"
-    ]
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True)
+    commit = done.stdout.strip() or "unknown"
+    head = f"{time.strftime('%Y-%m-%d')}  commit {commit}  Python {platform.python_version()}  {os.cpu_count()} CPUs\n"
+    lines = [head]
     failed = 0
     for name, command in JOBS:
         if wanted and not any(word in name for word in wanted):
