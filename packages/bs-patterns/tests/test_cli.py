@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -13,16 +14,19 @@ import bs_patterns
 from bs_patterns import (
     BigBird,
     BlockLayout,
+    Difference,
     DilatedSparse,
     Fixed,
     GlobalLocal,
     Hierarchical,
     HierarchicalLevel,
+    Intersection,
     LocalWindow,
     LongNetSegments,
+    Union,
 )
-from bs_patterns._options import canonical, pattern_classes
 from bs_patterns.cli import main
+from bs_patterns.options import canonical, pattern_classes
 from bs_patterns.ordering import group_rows, hilbert_order, locality, row_order
 from bs_patterns.render import render_text
 
@@ -82,11 +86,31 @@ def test_every_pattern_class_that_words_can_describe_is_offered():
             Fixed(),
             {"density": 0.2, "candidates": LongNetSegments([512, 1024], [1, 2])},
         ),
+        (
+            "local_window --union global-local --union dilated_sparse\\ --dilation-rates\\ 16 --density 0.4",
+            Union([LocalWindow(256), GlobalLocal(64, 256), DilatedSparse([16])]),
+            {"density": 0.4},
+        ),
+        (
+            "local_window --window-size 1K --difference local_window\\ --window-size\\ 256",
+            Difference([LocalWindow(1024), LocalWindow(256)]),
+            {},
+        ),
+        (
+            "local_window --intersection dilated_sparse\\ --dilation-rates\\ 2",
+            Intersection([LocalWindow(256), DilatedSparse([2])]),
+            {},
+        ),
+        (
+            "hierarchical --auto-levels --density 0.1 --block-size 32 --causal",
+            Hierarchical.auto(2000, 0.1, block_size=32),
+            {"density": 0.1, "block_size": 32, "causal": True},
+        ),
     ],
     ids=str,
 )
 def test_options_are_the_fields_of_the_pattern(capsys, line, pattern, options):
-    out = show(capsys, *line.split(), "--tokens", 2000, "--width", 64)
+    out = show(capsys, *shlex.split(line), "--tokens", 2000, "--width", 64)
     layout = pattern.layout(2000, **options)
     assert out.startswith(render_text(layout, width=64))
     assert figure(out, "active blocks") == f"{layout.nnz:,} of {layout.allowed:,} allowed"
@@ -178,6 +202,12 @@ def test_segments_restrict_and_say_what_was_met(capsys):
         ([], "expected a PATTERN, got nothing"),
         (["--tokens", "9"], "expected a PATTERN first, got '--tokens'"),
         (["nonsense"], "unknown pattern 'nonsense'; expected one of big_bird, bs_longformer, "),
+        (["dense", "--union", "nonsense"], "--union: unknown pattern 'nonsense'"),
+        (["dense", "--union", "fixed --blok 3"], "--union fixed: unrecognized arguments: --blok 3"),
+        (["dense", "--union", "fixed", "--difference", "fixed"], "--difference: expected one kind"),
+        (["dense", "--union", "hierarchical --auto-levels"], "--union: --auto-levels works for the first"),
+        (["hierarchical", "--auto-levels"], "--auto-levels: expected --density beside it, got none"),
+        (["hierarchical", "--auto-levels", "--density", "0.1", "--levels", "1:64:64"], "expected no --levels"),
         (["local_window", "--dilation-rates", "1", "2"], "local_window: unrecognized arguments: --dilation-rates 1 2"),
         (["local_window", "--window", "9"], "unrecognized arguments: --window 9"),
         (["local_window", "extra"], "unrecognized arguments: extra"),

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # The options of a pattern are spelled as in `python -m bs_patterns show`, by the same code.
-from bs_patterns import BlockLayout, LongNetSegments, _options
+from bs_patterns import BlockLayout, LongNetSegments
+from bs_patterns import options as _options
 
 from . import _units
 from .cost import CostModel, hiding_bandwidth, scaling_curve, step_time
@@ -113,6 +114,7 @@ def _source_parser(source: str, prog: str) -> _Parser:
             group.add_argument("--segment-lengths", help="restrict to LongNet segments of these lengths", **many)
             group.add_argument("--segment-rates", help="the segments' dilation rates", **many)
             _options.add_options(parser, patterns[name])
+            _options.add_composition(parser)
     _add_plan_options(parser)
     return parser
 
@@ -157,7 +159,9 @@ def _layout(source: str, options: argparse.Namespace) -> tuple[BlockLayout | Non
     if source == "dense":
         return None, f"dense{causal}"
     given = {name: value for name, value in vars(options).items() if value is not None}
-    pattern = _options.build(_options.pattern_classes()[_options.canonical(source)], given)
+    grid = {name: given[name] for name in ("tokens", "block_size") if name in given}
+    pattern = _options.build(_options.pattern_classes()[_options.canonical(source)], given, **grid)
+    pattern = _options.compose(pattern, given)
     arguments: dict[str, Any] = {"density": options.density, "causal": options.causal}
     if options.block_size is not None:
         arguments["block_size"] = options.block_size

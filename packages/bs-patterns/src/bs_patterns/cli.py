@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from . import _options, _report
+from . import _report
+from . import options as _options
 from .layout import BlockLayout
 from .render import render_text, save_image
 from .segments import LongNetSegments
@@ -25,6 +26,7 @@ examples:
   {prog} show local_window --window-size 512 --tokens 8192 --causal
   {prog} show dilated_sparse --dilation-rates 1 2 4 8 --density 0.1 --order hilbert
   {prog} show global_local --density 0.1 --compare "big_bird --seed 3" --png compare.png
+  {prog} show local_window --window-size 512 --union "dilated_sparse --dilation-rates 16"
 """
 _ABOUT = "Draw a block-sparse attention layout and report its figures."
 _TOKENS = 4096
@@ -140,6 +142,7 @@ def _source_parser(source: str, prog: str) -> _Parser:
     doc = (patterns[name].__doc__ or "").partition("\n\n")[0]
     parser = _Parser(prog=f"{prog} {name}", description=" ".join(doc.split()), argument_default=argparse.SUPPRESS)
     _options.add_options(parser, patterns[name])
+    _options.add_composition(parser)
     group = parser.add_argument_group("of any layout")
     pair = {"type": _options.integers, "metavar": "N[,M]"}
     group.add_argument("--tokens", help=f"sequence length, or query,key lengths; 64K = 65536 [{_TOKENS}]", **pair)
@@ -181,15 +184,21 @@ def _layout(source: str, given: dict[str, Any]) -> BlockLayout:
     """Make or load a layout; what was not given is the pattern's own default."""
     if source.endswith(".npz"):
         return BlockLayout.load(source)
-    pattern = _options.build(_options.pattern_classes()[_options.canonical(source)], given)
+    for name in ("tokens", "block_size"):
+        if name in given:
+            given[name] = _pair(f"--{name.replace('_', '-')}", given[name])
+    grid = {"tokens": given.get("tokens", _TOKENS)}
+    if given.get("auto_levels") and "block_size" in given:
+        if len(set(given["block_size"])) > 1:
+            raise ValueError("--block-size: expected one size with --auto-levels, got a query,key pair")
+        grid["block_size"] = given["block_size"][0]
+    pattern = _options.build(_options.pattern_classes()[_options.canonical(source)], given, **grid)
+    pattern = _options.compose(pattern, given)
     lengths, rates = given.pop("segment_lengths", None), given.pop("segment_rates", None)
     if (lengths is None) != (rates is None):
         raise _UsageError("arguments --segment-lengths, --segment-rates: expected both or neither, got one")
     if lengths is not None and rates is not None:
         given["candidates"] = LongNetSegments(lengths, rates)
-    for name in ("tokens", "block_size"):
-        if name in given:
-            given[name] = _pair(f"--{name.replace('_', '-')}", given[name])
     return pattern.layout(given.pop("tokens", _TOKENS), **given)
 
 
@@ -209,7 +218,8 @@ def _other_side(text: str, prog: str, first: _report.Side, given: dict[str, Any]
         own = vars(_source_parser(source, prog).parse_args(words))
     except _UsageError as error:
         raise _UsageError(f"argument --compare: {error}") from None
-    name = text if _options.canonical(source) == first.name else _options.canonical(source)
+    is_composed = {"union", "intersection", "difference"} & own.keys()
+    name = text if is_composed or _options.canonical(source) == first.name else _options.canonical(source)
     if source.endswith(".npz"):
         return _report.Side(name, _layout(source, {}), None)
     shared = {key: given[key] for key in ("heads", "density", "segment_lengths", "segment_rates") if key in given}

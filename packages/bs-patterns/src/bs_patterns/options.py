@@ -1,4 +1,11 @@
-"""Command-line options read off the fields of pattern classes, so that a new pattern needs none of its own."""
+"""Command-line options of patterns, for commands that take one: `python -m bs_patterns show`, `python -m bs_comm plan`.
+
+Options are read off the fields of the pattern classes, so that a new pattern needs none of its own::
+
+    parser = argparse.ArgumentParser()
+    add_options(parser, pattern_classes()[canonical("big-bird")])
+    pattern = build(pattern_classes()["big_bird"], vars(parser.parse_args(["--seed", "3"])))
+"""
 
 from __future__ import annotations
 
@@ -6,18 +13,39 @@ import argparse
 import dataclasses
 import inspect
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .pattern import Pattern
+from .patterns.compose import Difference, Intersection, Union
+from .patterns.hierarchical import Hierarchical
+
+__all__ = [
+    "Joined",
+    "add_composition",
+    "add_options",
+    "build",
+    "canonical",
+    "compose",
+    "integer",
+    "integers",
+    "number",
+    "pattern_classes",
+]
 
 #: What a field without a default is on the command line.
 _DEFAULTS: dict[str, Any] = {"window_size": 256, "global_tokens": 64, "dilation_rates": (1, 2, 4, 8)}
 #: Fields that only stand in for options of the layout: --block-size, --heads.
 _HIDDEN = {"block", "num_heads"}
 _SUFFIXES = {"k": 2**10, "m": 2**20}
+_COMPOSITIONS: dict[str, tuple[Any, str]] = {
+    "union": (Union, "the blocks of this pattern too, ranks interleaved"),
+    "intersection": (Intersection, "only blocks of this pattern's geometry"),
+    "difference": (Difference, "no block of this pattern's geometry"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +79,7 @@ def canonical(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type[Pattern]) -> None:
-    """Add one option per field of a pattern class."""
+    """Add one option per field of a pattern class, and `--auto-levels` to `Hierarchical`."""
     group = parser.add_argument_group(f"of {cls.__name__}")
     for field in _fields(cls) or ():
         flag = "--" + field.name.replace("_", "-")
@@ -62,10 +90,39 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Pattern]) -> None:
             group.add_argument(flag, nargs="+", action=Joined, type=field.parse, metavar=field.metavar, **shared)
         else:
             group.add_argument(flag, type=field.parse, metavar=field.metavar, **shared)
+    if cls is Hierarchical:
+        note = "pick the levels from the length and the density (see Hierarchical.auto)"
+        group.add_argument("--auto-levels", action="store_true", default=argparse.SUPPRESS, help=note)
 
 
-def build(cls: type[Pattern], options: dict[str, Any]) -> Pattern:
-    """Make a pattern of the options that were given; takes them out of `options`."""
+def add_composition(parser: argparse.ArgumentParser) -> None:
+    """Add the options that combine a pattern with others; `compose` reads them."""
+    group = parser.add_argument_group("of a composition (each may be given several times, all of one kind)")
+    for name, (_, note) in _COMPOSITIONS.items():
+        flag, metavar = f"--{name}", '"PATTERN …"'
+        group.add_argument(flag, action="append", metavar=metavar, default=argparse.SUPPRESS, help=note)
+
+
+def build(
+    cls: type[Pattern], options: dict[str, Any], *, tokens: int | tuple[int, int] = 4096, block_size: int = 64
+) -> Pattern:
+    """Make a pattern of the options that were given; takes them out of `options`.
+
+    Args:
+        cls: One of `pattern_classes`.
+        options: Parsed options by name. `density` is read and stays where it is.
+        tokens: The length that automatic levels are picked for.
+        block_size: Tokens per block of automatic levels.
+
+    Raises:
+        ValueError: Automatic levels without a density, or beside levels.
+    """
+    if options.pop("auto_levels", False):
+        if "levels" in options:
+            raise ValueError("--auto-levels: expected no --levels beside it, which it picks")
+        if options.get("density") is None:
+            raise ValueError("--auto-levels: expected --density beside it, got none")
+        return Hierarchical.auto(tokens, options["density"], block_size=block_size)
     given = {}
     for field in dataclasses.fields(typing.cast(Any, cls)):
         if field.name in options:
@@ -73,6 +130,42 @@ def build(cls: type[Pattern], options: dict[str, Any]) -> Pattern:
         elif field.name in _DEFAULTS and field.default is field.default_factory is dataclasses.MISSING:
             given[field.name] = _DEFAULTS[field.name]
     return cls(**given)
+
+
+def compose(pattern: Pattern, options: dict[str, Any]) -> Pattern:
+    """Combine a pattern with those that `add_composition`'s options name; takes them out of `options`.
+
+    Raises:
+        ValueError: More than one kind of composition, or a member that cannot be read.
+    """
+    kinds = [name for name in _COMPOSITIONS if options.get(name)]
+    if len(kinds) > 1:
+        raise ValueError(f"--{kinds[1]}: expected one kind of composition, got --{kinds[0]} too")
+    if not kinds:
+        return pattern
+    members = [_member(kinds[0], text) for text in options.pop(kinds[0])]
+    return _COMPOSITIONS[kinds[0]][0]((pattern, *members))
+
+
+def _member(option: str, text: str) -> Pattern:
+    """A pattern written with its own options in one string."""
+    source, *words = shlex.split(text) or [""]
+    classes, name = pattern_classes(), canonical(source)
+    if name not in classes:
+        raise ValueError(f"--{option}: unknown pattern {source!r}; expected one of {', '.join(classes)}")
+    parser = _Strict(prog=f"--{option} {name}", add_help=False, allow_abbrev=False)
+    add_options(parser, classes[name])
+    given = vars(parser.parse_args(words))
+    if "auto_levels" in given:
+        raise ValueError(f"--{option}: --auto-levels works for the first pattern only; write the levels out")
+    return build(classes[name], given)
+
+
+class _Strict(argparse.ArgumentParser):
+    """Raises where argparse would print and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}")
 
 
 def integer(text: str) -> int:
