@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .hooks import TopKState, compress_gradients, topk_hook
     from .recovery import Survivors, regroup
     from .ring import Arrival, PackedRing
+    from .rollcall import RollCall
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "Placement",
     "RingMismatchError",
     "RingPeerError",
+    "RollCall",
     "ScalingPoint",
     "StepTime",
     "Survivors",
@@ -42,6 +44,7 @@ __all__ = [
 _WITH_TORCH = {
     "Arrival": "ring",
     "PackedRing": "ring",
+    "RollCall": "rollcall",
     "Survivors": "recovery",
     "TopKState": "hooks",
     "compress_gradients": "hooks",

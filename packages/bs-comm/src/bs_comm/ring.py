@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from bs_patterns import BlockLayout
 from ._buffers import PackedBuffers, scale_bytes
 from ._check import boolean, integer, positive
 from ._header import agree
+from ._membership import membership
 from .health import PATIENCE, Health, Report, RingMismatchError, RingPeerError
 from .plan import ExchangePlan, Traffic
 from .transport import CHANNELS, GRAD, KV, STEPS, Hop, HopFailed, Transport
@@ -136,7 +136,7 @@ class PackedRing:
         self._device = torch.device(device)
         self._timeout = positive("hop_timeout", hop_timeout)
         channel = integer("channel", channel, low=0, high=CHANNELS - 1)
-        self.rank, self._group = _membership(group, plan.world_size)
+        self.rank, _, self._group = membership(group, plan.world_size)
         self.traffic: Traffic = plan.traffic(
             head_dim, self._dims[1], batch=batch, kv_itemsize=self._wire_dtype.itemsize,
             kv_row_bytes=scale_bytes(self._wire_dtype), grad_itemsize=self.grad_dtype.itemsize,
@@ -414,22 +414,6 @@ def _floating(name: str, dtype: Any, *more: torch.dtype) -> torch.dtype:
     if dtype not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(str, known))}, got {dtype}")
     return dtype
-
-
-def _membership(group: Any, world: int) -> tuple[int, Any]:
-    """(rank, group); no group is needed for one rank."""
-    if group is None and not dist.is_initialized():
-        if world > 1:
-            raise ValueError(f"group: expected one of {world} ranks, but torch.distributed is not initialized")
-        return 0, None
-    group = dist.group.WORLD if group is None else group
-    size = dist.get_world_size(group)
-    if size != world:
-        raise ValueError(f"group: expected {world} ranks as in the plan, got a group of {size}")
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError("group: expected one that this process is a member of, got another")
-    return (0, None) if world == 1 else (rank, group)
 
 
 def _health_of(group: Any, channel: int, rank: int, world: int) -> tuple[Health, int]:

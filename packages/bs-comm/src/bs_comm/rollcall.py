@@ -1,0 +1,120 @@
+"""`RollCall`: a few numbers of every rank on every rank, with a deadline, before anything depends on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._check import positive
+from ._membership import membership
+from .health import PATIENCE, Health, Report, RingPeerError
+from .transport import CHANNELS, HopFailed, Transport
+
+Int64 = NDArray[np.int64]
+
+#: Roll calls made per group.
+_serials: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+class RollCall:
+    """Gathers small tensors from all ranks of a group, and fails like a ring: in time, by name, on every survivor.
+
+    What each rank brings to a collective call (how long its shard is, which arguments it was given) is not known to the
+    others. A mismatch that goes unnoticed ends in a message of the wrong size, which gloo answers by aborting. A roll
+    call beforehand lets every rank see the same numbers and raise the same error.
+
+    Making one is not collective, but every rank of a group must make them in the same order.
+
+    Args:
+        group: Process group; default the default group. Not needed for one rank.
+        hop_timeout: Seconds to wait for one message before the call is given up.
+        device: Where messages must live: the CPU for gloo, a GPU for NCCL.
+
+    Attributes:
+        rank: This rank.
+        world_size: Ranks in the group.
+    """
+
+    def __init__(
+        self, group: Any = None, *, hop_timeout: float = 60.0, device: torch.device | str = "cpu"
+    ) -> None:  # fmt: skip
+        self.rank, self.world_size, self._group = membership(group)
+        timeout = positive("hop_timeout", hop_timeout)
+        self._patience = min(PATIENCE, timeout)
+        self._device = torch.device(device)
+        self._failure: RingPeerError | None = None
+        store, serial = None, 0
+        if self._group is not None:
+            _serials[self._group] = serial = _serials.get(self._group, 0) + 1
+            store = self._group.get_group_store()
+        self._health = Health(store, f"bs_comm/roll/{serial}", self.rank, self.world_size)
+        self._transport = Transport(self._group, self.rank, self.world_size, CHANNELS - 1, timeout, self._health)
+
+    def words(self, words: Sequence[int]) -> Int64:
+        """Every rank's numbers.
+
+        Args:
+            words: As many on every rank, each within 64 bits.
+
+        Returns:
+            ``int64[world, n]``.
+
+        Raises:
+            RingPeerError: A peer failed; on every survivor.
+        """
+        return self._gather(torch.tensor(list(words), dtype=torch.int64)).cpu().numpy()
+
+    def tensors(self, x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+        """Every rank's tensor, of lengths that may differ.
+
+        Args:
+            x: ``[lengths[rank], ...]``; dtype and trailing dimensions are the same on every rank.
+            lengths: First dimension by rank, the same list everywhere.
+
+        Returns:
+            One tensor per rank, on the device of ``x``.
+
+        Raises:
+            RingPeerError: As in `words`.
+        """
+        if x.shape[0] != lengths[self.rank]:
+            raise ValueError(f"x: expected {lengths[self.rank]} rows, as lengths says, got shape {tuple(x.shape)}")
+        row = math.prod(x.shape[1:]) * x.element_size()
+        padded = torch.zeros(-(-max(lengths) * row // 8) * 8, dtype=torch.uint8, device=x.device)
+        padded[: x.numel() * x.element_size()] = x.contiguous().flatten().view(torch.uint8)
+        everyone = self._gather(padded.view(torch.int64)).to(x.device)
+        return [
+            everyone[r].view(torch.uint8)[: length * row].clone().view(x.dtype).view(length, *x.shape[1:])
+            for r, length in enumerate(lengths)
+        ]
+
+    def report(self, error: RingPeerError) -> None:
+        """Tell the others of a failure met elsewhere, in a ring of the same group; this roll call fails with it."""
+        if self._failure is None:
+            self._failure = error
+            self._health.report(Report(error.peer, error.step, error.nbytes, error.phase, error.detail))
+
+    def close(self) -> None:
+        """End the threads; calls after it raise."""
+        self._transport.close()
+        self._health.close()
+
+    def _gather(self, words: Tensor) -> Tensor:
+        if self._failure is not None:
+            raise self._failure
+        if self.world_size == 1:
+            return words[None]
+        try:
+            return self._transport.gather(words.to(self._device), "header")
+        except HopFailed as failed:
+            patience = 0.0 if failed.is_broken else self._patience
+            self._failure = self._health.conclude(failed.report, patience).error()
+            self._transport.close()
+            raise self._failure from None

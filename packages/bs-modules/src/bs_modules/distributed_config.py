@@ -1,0 +1,153 @@
+"""How an attention module spreads one sequence over ranks, as plain validated data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bs_comm import Placement
+
+from .config import check_int, check_names, suggest
+
+PLACEMENTS = ("contiguous", "zigzag", "stripe", "cost_balanced")
+WIRE_DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
+_DEFAULT_RATIO = 0.1
+
+
+@dataclasses.dataclass
+class DistributedSparseConfig:
+    """Placement, wire and upkeep of `BlockSparseRingDistributedDilatedAttention`; the same on every rank.
+
+    Assigning to a field checks it at once and takes effect at the next call of the modules that hold the config.
+
+    Args:
+        enable_gradient_compression: Let `register_comm_hook(ddp_model)` install top-k compression with error feedback
+            for the gradients of a `DistributedDataParallel` model.
+        compression_ratio: Bytes of values and indices that a rank sends over the bytes of its dense gradient, in
+            (0, 1].
+        pattern_update_interval: Training steps after which a layout that depends on its input is chosen anew.
+        load_balance_interval: Training steps after which `rebalance` looks for a better placement.
+        placement: Where tokens live: `"contiguous"` (rank r holds the r-th slice), `"zigzag"`, `"stripe"`,
+            `"cost_balanced"` (from the layout), or a `bs_comm.Placement`.
+        hop_timeout: Seconds to wait for one message before the call is given up on every rank.
+        wire_dtype: Send K and V in this dtype instead: `"bfloat16"`, `"float16"` or `"float8_e4m3fn"`, as a name or a
+            `torch.dtype`. What travels is rounded once. `None`: as they are.
+        keep_kv: Keep the K and V that came in for the backward pass, instead of fetching them again: memory for bytes.
+
+    Raises:
+        TypeError: A field has the wrong type.
+        ValueError: A field is out of range, or would have no effect.
+    """
+
+    enable_gradient_compression: bool = False
+    compression_ratio: float = _DEFAULT_RATIO
+    pattern_update_interval: int = 100
+    load_balance_interval: int = 1000
+    placement: Any = "contiguous"
+    hop_timeout: float = 60.0
+    wire_dtype: Any = None
+    keep_kv: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compression_ratio != _DEFAULT_RATIO and not self.enable_gradient_compression:
+            raise ValueError(
+                f"compression_ratio: has no effect without enable_gradient_compression=True, got "
+                f"{self.compression_ratio!r}"
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _CHECKS.get(name)
+        if check is None:
+            raise AttributeError(f"DistributedSparseConfig has no field {name!r}; fields: {', '.join(_CHECKS)}")
+        object.__setattr__(self, name, check(name, value))
+
+    def replace(self, **changes: Any) -> DistributedSparseConfig:
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain data (no `None`), which `from_dict` reads back.
+
+        Raises:
+            TypeError: `placement` is a `Placement`, which has no name to write down.
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.placement, Placement):
+            raise TypeError(f"placement: expected a name to convert to a dict, got {self.placement!r}")
+        if self.wire_dtype is not None:
+            values["wire_dtype"] = str(self.wire_dtype).removeprefix("torch.")
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DistributedSparseConfig:
+        """Builds a config from a mapping.
+
+        Raises:
+            ValueError: An unknown field; the nearest known one is suggested.
+        """
+        check_names(values, list(_CHECKS), "field of DistributedSparseConfig")
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """Returns the fields as TOML (needs the extra `train`)."""
+        from ._extras import require
+
+        return require("tomli_w").dumps(self.to_dict())
+
+    @classmethod
+    def from_toml(cls, source: str | Path) -> DistributedSparseConfig:
+        """Reads TOML: a `Path` is a file, a `str` is the text itself."""
+        return cls.from_dict(tomllib.loads(source.read_text() if isinstance(source, Path) else source))
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def _number(name: str, value: Any, expected: str, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if not 0 < value <= high or not math.isfinite(value):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return float(value)
+
+
+def _placement(name: str, value: Any) -> Any:
+    if isinstance(value, Placement):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(PLACEMENTS)} or a Placement, got {value!r}")
+    if value not in PLACEMENTS:
+        near = suggest(value, list(PLACEMENTS))
+        raise ValueError(f"{name}: expected one of {', '.join(PLACEMENTS)}, got {value!r}{near}")
+    return value
+
+
+def _wire_dtype(name: str, value: Any) -> torch.dtype | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | torch.dtype):
+        raise TypeError(f"{name}: expected one of {', '.join(WIRE_DTYPES)} or None, got {value!r}")
+    if str(value).removeprefix("torch.") not in WIRE_DTYPES:
+        raise ValueError(f"{name}: expected one of {', '.join(WIRE_DTYPES)} or None, got {value!r}")
+    return getattr(torch, str(value).removeprefix("torch."))
+
+
+_CHECKS = {
+    "enable_gradient_compression": _flag,
+    "compression_ratio": lambda name, value: _number(name, value, "a number in (0, 1]", 1.0),
+    "pattern_update_interval": check_int,
+    "load_balance_interval": check_int,
+    "placement": _placement,
+    "hop_timeout": lambda name, value: _number(name, value, "seconds > 0", math.inf),
+    "wire_dtype": _wire_dtype,
+    "keep_kv": _flag,
+}
