@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from bs_memory import BufferPool
 from bs_modules import BlockSparseAttention, BlockSparseRingDilatedAttention, SparsePatternConfig
 from bs_modules.testing import assert_matches_dense, dense_attention
 from bs_patterns import BlockLayout, Custom, DilatedSparse, LocalWindow, LongNetSegments, PerHead
@@ -360,3 +362,55 @@ def test_prepare_needs_the_number_of_heads_where_they_differ():
     with pytest.raises(ValueError, match="num_heads"):
         module.prepare(128)
     assert module.prepare(128, num_heads=2).heads == 2
+
+
+def test_head_groups_in_one_call():
+    groups = [{"heads": 1, "pattern_type": "local_window"}, {"heads": 3, "sparsity_ratio": 0.5}]
+    module = BlockSparseRingDilatedAttention(
+        sparse_config=SparsePatternConfig(head_groups=groups, sparsity_ratio=0.2, block_size=16)
+    )
+    q, k, v = inputs(150, kv_heads=2)
+    for causal in (False, True):
+        layout = module.layout(150, causal)
+        assert layout.heads == 4
+        assert_matches_dense(module(q, k, v, is_causal=causal), q, k, v, layout)
+    assert module.prepare(150) is module.layout(150)
+    assert "1 × local_window + 3 × dilated_sparse" in repr(module)
+    with pytest.raises(ValueError, match="head_groups: expected 2 heads in all groups"):
+        module(*inputs(150, heads=2))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_pool_lends_half_precision_copies_where_no_backward_needs_them(grad):
+    config = SparsePatternConfig(sparsity_ratio=0.5, block_size=16)
+    plain = BlockSparseRingDilatedAttention(sparse_config=config, mixed_precision=True)
+    pooled = BlockSparseRingDilatedAttention(sparse_config=config, mixed_precision=True, use_memory_pool=True)
+    tensors = inputs(64, grad=grad)
+    expected = plain(*tensors)
+    leased = []
+    lease = BufferPool.lease
+
+    def counted(pool, shape, *args, **kwargs):
+        leased.append(shape)
+        return lease(pool, shape, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BufferPool, "lease", counted)
+        out = pooled(*tensors)
+        assert ((2, 64, 4, 16) in leased) == (not grad)
+    assert torch.equal(out, expected)
+    if grad:
+        want, got = (torch.autograd.grad(x.sum(), tensors) for x in (expected, out))
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def test_replicas_of_data_parallel_share_what_is_built_and_agree():
+    module = BlockSparseRingDilatedAttention(sparse_config=SparsePatternConfig(sparsity_ratio=0.3, block_size=16))
+    tensors = [inputs(100, seed=seed) for seed in range(8)]
+    expected = [module(*x, is_causal=True) for x in tensors]
+    module.clear_caches()
+    replicas = [module._replicate_for_data_parallel() for _ in tensors]
+    with ThreadPoolExecutor(8) as pool:
+        outs = list(pool.map(lambda pair: pair[0](*pair[1], is_causal=True), zip(replicas, tensors, strict=True)))
+    assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
+    assert torch.equal(nn.DataParallel(module)(*tensors[0], is_causal=True), expected[0])

@@ -125,3 +125,92 @@ def test_unknown_names_suggest_the_nearest():
 def test_a_pattern_object_has_no_dict():
     with pytest.raises(TypeError, match="pattern_type"):
         SparsePatternConfig(LocalWindow(8)).to_dict()
+
+
+GROUPS = [
+    {"heads": 2, "pattern_type": "local_window", "window_size": 64},
+    {"heads": 1, "dilation_rates": [4], "sparsity_ratio": 0.5},
+    {"heads": 1},
+]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_each_head_group_has_its_own_pattern_and_density(causal):
+    config = SparsePatternConfig(head_groups=GROUPS, block_size=16)
+    layout = config.layout(512, heads=4, causal=causal)
+    alone = [
+        LocalWindow(64).layout(512, block_size=16, causal=causal),
+        DilatedSparse((4,)).layout(512, block_size=16, causal=causal, density=0.5),
+        DilatedSparse((1, 2, 4, 8)).layout(512, block_size=16, causal=causal, density=0.1),
+    ]
+    blocks = layout.to_dense()
+    for head, want in zip(range(4), (alone[0], *alone), strict=True):
+        assert (blocks[head] == want.to_dense()[0]).all()
+    assert config.heads == 4
+    assert config.density is None
+    assert config._pattern_name() == "2 × local_window + 1 × dilated_sparse + 1 × dilated_sparse"
+
+
+def test_the_common_density_is_for_groups_without_their_own():
+    config = SparsePatternConfig(head_groups=GROUPS, sparsity_ratio=0.25, block_size=16)
+    blocks = config.layout(512, heads=4).to_dense()
+    densities = blocks.mean((1, 2))
+    assert densities == pytest.approx([0.25, 0.25, 0.5, 0.25], abs=1 / 32)
+    before = config.fingerprint()
+    config.sparsity_ratio = 0.3
+    assert config.fingerprint() != before
+    assert config.layout(512, heads=4).to_dense().mean((1, 2))[0] == pytest.approx(0.3, abs=1 / 32)
+
+
+def test_head_groups_as_data():
+    config = SparsePatternConfig(head_groups=GROUPS, sparsity_ratio=0.25)
+    assert SparsePatternConfig.from_dict(config.to_dict()) == config
+    assert SparsePatternConfig.from_toml(config.to_toml()) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert {config.fingerprint(): 1}
+    objects = SparsePatternConfig(head_groups=[{"heads": 1, "pattern_type": LocalWindow(8)}])
+    with pytest.raises(TypeError, match="pattern_type: expected a name"):
+        objects.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"head_groups": []}, ValueError, "at least one group"),
+        ({"head_groups": {"heads": 2}}, TypeError, "sequence of mappings"),
+        ({"head_groups": [3]}, TypeError, r"head_groups\[0\]: expected a mapping"),
+        ({"head_groups": [{"pattern_type": "local_window"}]}, ValueError, "expected the field heads"),
+        ({"head_groups": [{"heads": 0}]}, ValueError, r"head_groups\[0\].heads"),
+        ({"head_groups": [{"heads": 1, "block_size": 3}]}, ValueError, "block_size: not a field of a head group"),
+        (
+            {"head_groups": [{"heads": 1, "window_size": 3}]},
+            ValueError,
+            r"\[0\]: window_size: has no effect",
+        ),
+        ({"head_groups": GROUPS, "pattern_type": "local_window"}, ValueError, "pattern_type: has no effect beside"),
+        ({"head_groups": GROUPS, "window_size": 8}, ValueError, "window_size: has no effect beside head_groups"),
+        (
+            {"head_groups": [{"heads": 1, "sparsity_ratio": 0.1}], "sparsity_ratio": 0.2},
+            ValueError,
+            "sparsity_ratio: has no effect beside head_groups that all have their own",
+        ),
+    ],
+)
+def test_bad_head_groups(fields, error, words):
+    with pytest.raises(error, match=words):
+        SparsePatternConfig(**fields)
+
+
+def test_head_groups_must_add_up():
+    config = SparsePatternConfig(head_groups=GROUPS)
+    with pytest.raises(ValueError, match="expected 3 heads in all groups, the query heads, got 4"):
+        config.layout(512, heads=3)
+
+
+def test_conversions_refuse_what_is_no_config():
+    with pytest.raises(TypeError, match="values: expected a mapping of the fields of SparsePatternConfig, got 3"):
+        SparsePatternConfig.from_dict(3)
+    with pytest.raises(ValueError, match="window: not a field"):
+        SparsePatternConfig().replace(window=3)
+    with pytest.raises(ValueError):
+        SparsePatternConfig.from_toml("pattern_type = ")

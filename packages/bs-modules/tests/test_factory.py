@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
+from torch import distributed as dist
 
 from bs_modules import (
     BlockSparseRingDilatedAttention,
     SparsePatternConfig,
     choose_block_sparse,
     create_block_sparse_attention,
+    factory,
     get_block_sparse_preset,
 )
 
@@ -35,7 +38,7 @@ def test_segments_and_constructor_arguments_pass_through():
     assert (module.dropout, module.num_heads) == (0.1, 4)
 
 
-@pytest.mark.parametrize("variant", ["adaptive", "distributed", "dilated"])
+@pytest.mark.parametrize("variant", factory._NOT_YET)
 def test_planned_variants_are_named_and_not_faked(variant):
     with pytest.raises(NotImplementedError, match=f"variant: '{variant}' .*available: auto, base"):
         create_block_sparse_attention(variant)
@@ -122,3 +125,58 @@ def test_the_densities_in_the_docs_are_the_measured_ones():
         for length, cell in zip(lengths, row[1:], strict=True):
             told = [float(number) for number in cell.split("/")]
             assert told == [round(module.layout(length, causal).density, 4) for causal in (False, True)]
+
+
+@pytest.fixture
+def four_ranks(monkeypatch):
+    """A process group of four ranks over gloo, as far as the factory looks, and a ring variant to choose."""
+
+    class Ring(BlockSparseRingDilatedAttention):
+        pass
+
+    monkeypatch.setitem(factory._VARIANTS, "distributed", factory._Variant(Ring))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    return Ring
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "is_ring", "why"),
+    [
+        ({"seq_len": 60_000}, True, "4 ranks share a sequence of more than 50,000"),
+        ({"seq_len": 50_000}, False, "50,000 tokens are at most 50,000, so 4 ranks are taken to hold a sequence each"),
+        ({}, False, "no length is given, so 4 ranks"),
+        ({"world_size": 4}, True, "world_size is 4"),
+        ({"world_size": 1, "seq_len": 60_000}, False, "60,000 tokens are more than 50,000"),
+        ({"device": "meta", "seq_len": 60_000}, False, "60,000 tokens are more"),
+        ({"device": "meta"}, False, "does not serve meta tensors"),
+        ({"embed_dim": 32, "num_heads": 4, "seq_len": 60_000}, False, "embed_dim is given"),
+    ],
+)
+def test_auto_looks_at_ranks_device_and_length(four_ranks, kwargs, is_ring, why):
+    module = create_block_sparse_attention(**kwargs)
+    assert isinstance(module, four_ranks) == is_ring
+    assert why in module.chosen_because
+
+
+def test_ranks_are_for_auto_only():
+    with pytest.raises(ValueError, match="world_size: has no effect with variant='base'"):
+        create_block_sparse_attention("base", world_size=2)
+    with pytest.raises(ValueError, match="world_size: expected an integer"):
+        create_block_sparse_attention(world_size=0)
+    with pytest.raises(TypeError, match="explain: expected a bool"):
+        create_block_sparse_attention(explain="yes")
+
+
+def test_a_module_knows_why_it_was_chosen():
+    assert create_block_sparse_attention("base").chosen_because == "base: asked for by name"
+    assert "nothing given asks for another" in create_block_sparse_attention().chosen_because
+    assert BlockSparseRingDilatedAttention().chosen_because is None
+
+
+def test_head_groups_given_directly():
+    groups = [{"heads": 2, "pattern_type": "local_window"}, {"heads": 2, "dilation_rates": [4]}]
+    module = create_block_sparse_attention(head_groups=groups, sparsity_ratio=0.2, block_size=16)
+    assert module.layout(256).heads == 4
+    assert module(*[torch.randn(1, 100, 4, 8)] * 3).shape == (1, 100, 4, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from bs_kernels import LayoutPlan, block_sparse_attention
+from bs_memory import default_pool
 from bs_patterns import BlockLayout, LongNetSegments
 
-from .config import SparsePatternConfig, check_int, check_int_list
+from ._checks import check_flag, check_int, check_int_list
+from .config import CheckedConfig, SparsePatternConfig
 
 _LAYOUTS_KEPT = 16
 _DEFAULT_SEQ_LEN = 8192
@@ -36,6 +39,8 @@ class BlockSparseAttention(nn.Module):
         dropout: Probability with which an attention probability is dropped while training.
         scale: Multiplies the scores; `None` is `head_dim ** -0.5`.
         mixed_precision: Run the attention in bf16 (fp16 on GPUs without bf16) and return the input's dtype.
+        use_memory_pool: Lease the half-precision copies that `mixed_precision` makes from `bs_memory.default_pool()`
+            where no gradient needs them later. The kernels' workspaces come from that pool in any case.
         order: In which order tiles are processed; changes the result by rounding at most.
         backend: Of `bs_kernels.block_sparse_attention`.
         deterministic: Whether the backward must give the same bits every time.
@@ -44,6 +49,11 @@ class BlockSparseAttention(nn.Module):
         TypeError: An argument has the wrong type.
         ValueError: An argument is out of range, or only one of `segment_lengths` and `dilation_rates` is given.
     """
+
+    #: What `sparse_config` is an instance of.
+    _config_type: type[CheckedConfig] = SparsePatternConfig
+    #: Why the factory took this variant; `None` for a module that it did not make.
+    chosen_because: str | None = None
 
     def __init__(
         self,
@@ -57,18 +67,13 @@ class BlockSparseAttention(nn.Module):
         dropout: float = 0.0,
         scale: float | None = None,
         mixed_precision: bool = False,
+        use_memory_pool: bool = False,
         order: str = "auto",
         backend: str = "auto",
         deterministic: bool = True,
     ) -> None:
         super().__init__()
-        if sparse_config is None:
-            sparse_config = SparsePatternConfig()
-        elif isinstance(sparse_config, Mapping):
-            sparse_config = SparsePatternConfig.from_dict(sparse_config)
-        elif not isinstance(sparse_config, SparsePatternConfig):
-            raise TypeError(f"sparse_config: expected a SparsePatternConfig or a mapping, got {sparse_config!r}")
-        self.sparse_config = sparse_config
+        self.sparse_config: Any = self._config_type.of("sparse_config", sparse_config)
         self.segment_lengths, self.dilation_rates = _check_segments(segment_lengths, dilation_rates)
         self.num_heads = None if num_heads is None else check_int("num_heads", num_heads)
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
@@ -77,7 +82,8 @@ class BlockSparseAttention(nn.Module):
             raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
         self.dropout = float(dropout)
         self.scale = scale
-        self.mixed_precision = mixed_precision
+        self.mixed_precision = check_flag("mixed_precision", mixed_precision)
+        self.use_memory_pool = check_flag("use_memory_pool", use_memory_pool)
         self.order, self.backend, self.deterministic = order, backend, deterministic
         self._device_given, self._dtype_given = device is not None, dtype is not None
         # Follows .to(), so that the module knows where it lives although it may have no parameter.
@@ -103,7 +109,7 @@ class BlockSparseAttention(nn.Module):
             One row pattern shared by all heads (`heads == 1`) unless the heads differ.
         """
         lengths = (seq_len, seq_len) if isinstance(seq_len, int) else tuple(seq_len)
-        heads = num_heads or self.num_heads or 1
+        heads = num_heads or self._known_heads() or 1
         key = (lengths, bool(is_causal), heads, self._fingerprint())
         with self._lock:
             found = self._layouts.get(key)
@@ -129,6 +135,9 @@ class BlockSparseAttention(nn.Module):
         """Everything a layout depends on, besides lengths, causality and heads."""
         return (self.sparse_config.fingerprint(), tuple(self.segment_lengths or ()), tuple(self.dilation_rates or ()))
 
+    def _known_heads(self) -> int | None:
+        return self.num_heads or getattr(self.sparse_config, "heads", None)
+
     def _candidates(self) -> LongNetSegments | None:
         if self.segment_lengths is None or self.dilation_rates is None:
             return None
@@ -153,7 +162,7 @@ class BlockSparseAttention(nn.Module):
         Raises:
             ValueError: Heads differ and their number is not known.
         """
-        heads = num_heads or self.num_heads
+        heads = num_heads or self._known_heads()
         layout = self.layout(seq_len, is_causal, heads)
         if heads is None and self.layout(seq_len, is_causal, 2).heads != 1:
             raise ValueError("num_heads: expected the number of query heads, whose layouts differ, got None")
@@ -228,27 +237,32 @@ class BlockSparseAttention(nn.Module):
         self._check_inputs(q, k, v)
         self._last_call = (q.shape[1], bool(is_causal))
         layout = self._layout_or_plan(q, k, bool(is_causal))
-        dtype = q.dtype
-        if self.mixed_precision:
-            q, k, v = (x.to(_half_dtype(x.device)) for x in (q, k, v))
-        result = block_sparse_attention(
-            q,
-            k,
-            v,
-            layout,
-            key_padding_mask=key_padding_mask,
-            segment_ids=segment_ids,
-            attn_bias=attn_bias,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            return_lse=return_lse,
-            order=self.order,
-            deterministic=self.deterministic,
-            backend=self.backend,
-        )
+        arguments: dict[str, Any] = {
+            "key_padding_mask": key_padding_mask,
+            "segment_ids": segment_ids,
+            "attn_bias": attn_bias,
+            "dropout_p": self.dropout if self.training else 0.0,
+            "scale": self.scale,
+            "return_lse": return_lse,
+            "order": self.order,
+            "deterministic": self.deterministic,
+            "backend": self.backend,
+        }
         if not self.mixed_precision:
-            return result
-        return (result[0].to(dtype), result[1]) if isinstance(result, tuple) else result.to(dtype)
+            return block_sparse_attention(q, k, v, layout, **arguments)
+        with ExitStack() as leases:
+            q_half, k_half, v_half = (self._half(x, leases) for x in (q, k, v))
+            result = block_sparse_attention(q_half, k_half, v_half, layout, **arguments)
+        return (result[0].to(q.dtype), result[1]) if isinstance(result, tuple) else result.to(q.dtype)
+
+    def _half(self, x: Tensor, leases: ExitStack) -> Tensor:
+        """A half-precision copy; leased for this call where the pool is asked for and no backward reads it."""
+        dtype = _half_dtype(x.device)
+        if not self.use_memory_pool or x.dtype == dtype or torch.compiler.is_compiling():
+            return x.to(dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return x.to(dtype)
+        return leases.enter_context(default_pool().lease(tuple(x.shape), dtype, x.device)).copy_(x)
 
     def _layout_or_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> Any:
         lengths, heads = (q.shape[1], k.shape[1]), q.shape[2]
@@ -341,15 +355,7 @@ class BlockSparseRingDilatedAttention(BlockSparseAttention):
         return BlockLayout.from_coo(0, rows, columns, block_size=size, seq_len=seq_len, causal=is_causal)
 
     def _pattern_layout(self, seq_len: tuple[int, int], is_causal: bool, num_heads: int) -> BlockLayout:
-        config = self.sparse_config
-        return config.pattern().layout(
-            seq_len,
-            block_size=config.block_size,
-            heads=num_heads,
-            causal=is_causal,
-            density=config.density,
-            candidates=self._candidates(),
-        )
+        return self.sparse_config.layout(seq_len, heads=num_heads, causal=is_causal, candidates=self._candidates())
 
     def _square_block_size(self) -> int:
         size = self.sparse_config.block_size

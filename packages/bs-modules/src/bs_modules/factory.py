@@ -5,41 +5,66 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import distributed as dist
 from torch import nn
 
+from ._checks import check_flag, check_int, suggest
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
-from .config import SparsePatternConfig, check_int, suggest
+from .config import SparsePatternConfig
 from .hierarchical import BlockSparseHierarchical, HierarchicalConfig
 from .hilbert import BlockSparseRingDilatedAttentionHilbertPostPattern
 from .multihead import BlockSparseRingMultiheadDilatedAttention
 
-_VARIANTS: dict[str, type[nn.Module]] = {
-    "base": BlockSparseRingDilatedAttention,
-    "hierarchical": BlockSparseHierarchical,
-    "multihead": BlockSparseRingMultiheadDilatedAttention,
-    "hilbert": BlockSparseRingDilatedAttentionHilbertPostPattern,
+
+@dataclass(frozen=True)
+class _Variant:
+    """A module and the config whose fields the factory also takes directly."""
+
+    module: type[nn.Module]
+    config: Any = SparsePatternConfig
+    config_argument: str = "sparse_config"
+
+
+_VARIANTS: dict[str, _Variant] = {
+    "base": _Variant(BlockSparseRingDilatedAttention),
+    "hierarchical": _Variant(BlockSparseHierarchical, HierarchicalConfig),
+    "multihead": _Variant(BlockSparseRingMultiheadDilatedAttention),
+    "hilbert": _Variant(BlockSparseRingDilatedAttentionHilbertPostPattern),
 }
-_NOT_YET = ("adaptive", "distributed", "dilated")
+_NOT_YET = tuple(name for name in ("adaptive", "distributed", "dilated") if name not in _VARIANTS)
 # The arguments that a config object may come under, and are excluded by its fields given directly.
 _CONFIGS = ("sparse_config", "hierarchical_config")
-_LONG = 50_000  # tokens above which the choice table prefers levels
+_LONG = 50_000  # tokens above which the choice table prefers levels, or a ring
 
 _logger = logging.getLogger("bs_modules")
 
 
 def create_block_sparse_attention(
-    variant: str = "auto", *, explain: bool = False, seq_len: int | None = None, **kwargs: Any
+    variant: str = "auto",
+    *,
+    explain: bool = False,
+    seq_len: int | None = None,
+    world_size: int | None = None,
+    **kwargs: Any,
 ) -> BlockSparseAttention | BlockSparseRingMultiheadDilatedAttention:
     """Makes a block-sparse attention module.
 
+    `"auto"` decides, in this order: multihead if `embed_dim` is given; the variant that alone has an argument that is
+    given, or whose config is; distributed if `world_size` is above 1, or if the process group has several ranks, serves
+    the device, and `seq_len` is above 50,000; hierarchical if `seq_len` is above 50,000; else base. The last three only
+    if they have every argument that is given.
+
     Args:
-        variant: `"base"`, `"hierarchical"`, `"multihead"`, `"hilbert"`, or `"auto"`: multihead if `embed_dim` is given;
-            hierarchical if an argument is given that only it has, or `seq_len` is above 50,000 and it has every
-            argument given; else base.
-        explain: Log, at level INFO of the logger `bs_modules`, which variant was chosen and why.
-        seq_len: The length to expect, for `"auto"` only. The module takes any length.
+        variant: `"auto"`, or a variant by name; an unknown one lists them.
+        explain: Log, at level INFO of the logger `bs_modules`, which variant was chosen and why. The module keeps the
+            reason as `chosen_because` in any case.
+        seq_len: The length to expect, of the whole sequence, for `"auto"` only. The module takes any length.
+        world_size: How many ranks share each sequence, for `"auto"` only. `None`: as the process group says, for
+            long sequences. Give 1 where ranks hold different sequences (data parallelism).
         **kwargs: Arguments of the variant's constructor, and fields of its config given directly (`sparsity_ratio` is a
             density: 0.1 keeps 10 % of the blocks). `dilation_rates` here always belong to `segment_lengths`; the rates
             of a dilated pattern go into `sparse_config`. For `"multihead"`, `attention` may be the name of another
@@ -50,18 +75,20 @@ def create_block_sparse_attention(
 
     Raises:
         TypeError: An argument that the variant does not have; the valid ones are listed.
-        ValueError: An unknown variant, a config field given both directly and inside a config, or `seq_len` with a
-            named variant.
+        ValueError: An unknown variant, a config field given both directly and inside a config, or `seq_len` or
+            `world_size` with a named variant.
         NotImplementedError: A variant that this version does not have yet.
     """
-    chosen, reason = _resolve(variant, seq_len, kwargs)
+    check_flag("explain", explain)
+    chosen, reason = _resolve(variant, seq_len, world_size, kwargs)
     if explain:
         _logger.info("variant %r: %s", chosen, reason)
     if chosen == "multihead" and isinstance(kwargs.get("attention"), str):
         kwargs = _with_inner(**kwargs)
-    module, valid = _VARIANTS[chosen], _arguments(chosen)
-    _check_known(kwargs, valid, repr(chosen))
-    return module(**_gather(chosen, kwargs))  # pyright: ignore[reportReturnType]
+    _check_known(kwargs, _arguments(chosen), repr(chosen))
+    module: Any = _VARIANTS[chosen].module(**_gather(chosen, kwargs))
+    module.chosen_because = f"{chosen}: {reason}"
+    return module
 
 
 def create_multihead_block_sparse(
@@ -120,16 +147,17 @@ def choose_block_sparse(seq_len: int, use_case: str, num_gpus: int = 1) -> str:
     return table.get(use_case, "base")
 
 
-def _resolve(variant: str, seq_len: int | None, given: Mapping[str, Any]) -> tuple[str, str]:
+def _resolve(variant: str, seq_len: int | None, world_size: int | None, given: Mapping[str, Any]) -> tuple[str, str]:
     if not isinstance(variant, str):
         raise TypeError(f"variant: expected a string, got {variant!r}")
     available = ["auto", *_VARIANTS]
-    if seq_len is not None:
-        check_int("seq_len", seq_len)
-        if variant != "auto":
-            raise ValueError(f"seq_len: has no effect with variant={variant!r}, only 'auto' reads it; leave it out")
+    for name, value in (("seq_len", seq_len), ("world_size", world_size)):
+        if value is not None:
+            check_int(name, value)
+            if variant != "auto":
+                raise ValueError(f"{name}: has no effect with variant={variant!r}, only 'auto' reads it; leave it out")
     if variant == "auto":
-        return _choose(seq_len, given)
+        return _choose(seq_len, world_size, given)
     if variant in _VARIANTS:
         return variant, "asked for by name"
     if variant in _NOT_YET:
@@ -140,31 +168,55 @@ def _resolve(variant: str, seq_len: int | None, given: Mapping[str, Any]) -> tup
     raise ValueError(f"variant: expected one of {', '.join(available)}, got {variant!r}{near}")
 
 
-def _choose(seq_len: int | None, given: Mapping[str, Any]) -> tuple[str, str]:
+def _choose(seq_len: int | None, world_size: int | None, given: Mapping[str, Any]) -> tuple[str, str]:
     """What `"auto"` stands for, and why."""
     if "embed_dim" in given:
         return "multihead", "embed_dim is given, which only a module with projections has"
-    levels = set(_arguments("hierarchical"))
-    own = sorted(set(given) & levels - set(_arguments("base")))
-    if own:
-        return "hierarchical", f"{own[0]} is given, which only this variant has"
-    if isinstance(given.get("sparse_config"), HierarchicalConfig):
-        return "hierarchical", "sparse_config is a HierarchicalConfig"
+    for name in _VARIANTS:
+        others = set().union(*(_arguments(other) for other in _VARIANTS if other != name))
+        own = sorted(set(given) & set(_arguments(name)) - others)
+        if own and name != "multihead":
+            return name, f"{own[0]} is given, which only this variant has"
+    config = given.get("sparse_config")
+    for name, variant in _VARIANTS.items():
+        if variant.config is not SparsePatternConfig and isinstance(config, variant.config):
+            return name, f"sparse_config is a {type(config).__name__}"
+    ranks, why = _ranks(seq_len, world_size, given.get("device"))
+    if ranks > 1 and _takes("distributed", given):
+        return "distributed", why
     if seq_len is not None and seq_len > _LONG:
-        if set(given) <= levels and not isinstance(given.get("sparse_config"), SparsePatternConfig | Mapping):
+        if _takes("hierarchical", given) and not isinstance(config, SparsePatternConfig | Mapping):
             return "hierarchical", f"{seq_len:,} tokens are more than {_LONG:,}, and nothing given asks for another"
         return "base", f"what is given describes one pattern, although {seq_len:,} tokens are more than {_LONG:,}"
-    return "base", "nothing given asks for another"
+    return "base", f"nothing given asks for another, and {why}"
+
+
+def _ranks(seq_len: int | None, world_size: int | None, device: Any) -> tuple[int, str]:
+    """How many ranks share a sequence, and how that is known."""
+    if world_size is not None:
+        return world_size, f"world_size is {world_size}"
+    if not (dist.is_available() and dist.is_initialized()) or (ranks := dist.get_world_size()) == 1:
+        return 1, "one rank holds the sequence"
+    where = torch.get_default_device() if device is None else torch.device(device)
+    if where.type not in {part.split(":")[0] for part in dist.get_backend_config().split(",")}:
+        return 1, f"the process group of {ranks} ranks does not serve {where.type} tensors"
+    if seq_len is None or seq_len <= _LONG:
+        length = "no length is given" if seq_len is None else f"{seq_len:,} tokens are at most {_LONG:,}"
+        return 1, f"{length}, so {ranks} ranks are taken to hold a sequence each"
+    return ranks, f"{ranks} ranks share a sequence of more than {_LONG:,} tokens"
+
+
+def _takes(variant: str, given: Mapping[str, Any]) -> bool:
+    return variant in _VARIANTS and set(given) <= set(_arguments(variant))
 
 
 def _fields(variant: str) -> list[str]:
     """The config fields that the factory also takes directly; `dilation_rates` are the candidates' here."""
-    config = HierarchicalConfig if variant == "hierarchical" else SparsePatternConfig
-    return [name for name in inspect.signature(config).parameters if name != "dilation_rates"]
+    return [name for name in inspect.signature(_VARIANTS[variant].config).parameters if name != "dilation_rates"]
 
 
 def _arguments(variant: str) -> list[str]:
-    own = [name for name in inspect.signature(_VARIANTS[variant]).parameters if name != "self"]
+    own = [name for name in inspect.signature(_VARIANTS[variant].module).parameters if name != "self"]
     return [*own, *(name for name in _fields(variant) if name not in own)]
 
 
@@ -186,8 +238,8 @@ def _gather(variant: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for other in (*_CONFIGS, "attention"):
         if arguments.get(other) is not None:
             raise ValueError(f"{', '.join(flat)}: given beside {other}, where it belongs then; set it in one place")
-    config = HierarchicalConfig if variant == "hierarchical" else SparsePatternConfig
-    return {**arguments, "sparse_config": config.from_dict(flat)}
+    chosen = _VARIANTS[variant]
+    return {**arguments, chosen.config_argument: chosen.config.from_dict(flat)}
 
 
 def _with_inner(attention: str, **given: Any) -> dict[str, Any]:
@@ -199,7 +251,7 @@ def _with_inner(attention: str, **given: Any) -> dict[str, Any]:
     outer = list(inspect.signature(nn.MultiheadAttention).parameters)
     inner = {name: value for name, value in given.items() if name not in outer}
     try:
-        chosen, _ = _resolve(attention, None, inner)
+        chosen, _ = _resolve(attention, None, None, inner)
     except (ValueError, NotImplementedError) as error:
         raise type(error)(str(error).replace("variant", "attention", 1)) from None
     own = [name for name in _arguments(chosen) if name not in outer]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from bs_patterns import BlockLayout, Hierarchical, HierarchicalLevel
+from bs_patterns import BlockLayout, Hierarchical, HierarchicalLevel, LongNetSegments
 
+from ._checks import check_density, check_flag
 from .attention import BlockSparseRingDilatedAttention
-from .config import DEFAULT_DENSITY, check_density, check_names
+from .config import DEFAULT_DENSITY, CheckedConfig
 
 _AUTO_BLOCK = 64
-_LEVEL_FIELDS = tuple(field.name for field in dataclasses.fields(HierarchicalLevel))
 
 
 @dataclasses.dataclass
-class HierarchicalConfig:
+class HierarchicalConfig(CheckedConfig):
     """The levels of a hierarchical pattern, and its density.
 
     Assigning to a field checks it at once and takes effect at the next call of the modules that hold the config.
@@ -43,15 +41,6 @@ class HierarchicalConfig:
     level_configs: Sequence[Mapping[str, int]] | None = None
     sparsity_ratio: float | None = None
     auto_levels: bool = False
-
-    def __post_init__(self) -> None:
-        self.validate()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        check = _CHECKS.get(name)
-        if check is None:
-            raise AttributeError(f"HierarchicalConfig has no field {name!r}; fields: {', '.join(_CHECKS)}")
-        object.__setattr__(self, name, check(name, value))
 
     @property
     def density(self) -> float | None:
@@ -76,8 +65,7 @@ class HierarchicalConfig:
         Raises:
             ValueError: A level is not valid, or `level_configs` would have no effect beside `auto_levels=True`.
         """
-        for name, check in _CHECKS.items():
-            check(name, getattr(self, name))
+        super().validate()
         if self.auto_levels and self.level_configs is not None:
             raise ValueError("level_configs: has no effect with auto_levels=True, which picks them; give one")
 
@@ -88,45 +76,23 @@ class HierarchicalConfig:
             return Hierarchical.auto(seq_len, self.density or DEFAULT_DENSITY, block_size=_AUTO_BLOCK)
         return Hierarchical() if self.level_configs is None else Hierarchical(self.level_configs)
 
-    def replace(self, **changes: Any) -> HierarchicalConfig:
-        """Returns a copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain data (no `None`), which `from_dict` reads back."""
-        values: dict[str, Any] = {"auto_levels": self.auto_levels}
-        if self.sparsity_ratio is not None:
-            values["sparsity_ratio"] = self.sparsity_ratio
-        if self.level_configs is not None:
-            values["level_configs"] = [dict(level) for level in self.level_configs]
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> HierarchicalConfig:
-        """Builds a config from a mapping.
-
-        Raises:
-            ValueError: An unknown field; the nearest known one is suggested.
-        """
-        check_names(values, list(_CHECKS), "field of HierarchicalConfig")
-        return cls(**values)
-
-    def to_toml(self) -> str:
-        """Returns the fields as TOML (needs the extra `train`)."""
-        from ._extras import require
-
-        return require("tomli_w").dumps(self.to_dict())
-
-    @classmethod
-    def from_toml(cls, source: str | Path) -> HierarchicalConfig:
-        """Reads TOML: a `Path` is a file, a `str` is the text itself."""
-        return cls.from_dict(tomllib.loads(source.read_text() if isinstance(source, Path) else source))
-
-    def fingerprint(self) -> tuple[Any, ...]:
-        """What a layout cache keys on: changes with every change of a field, or of a level in place."""
-        levels = self.level_configs
-        plain = None if levels is None else tuple(tuple(level[name] for name in _LEVEL_FIELDS) for level in levels)
-        return (plain, self.sparsity_ratio, self.auto_levels)
+    def layout(
+        self,
+        seq_len: int | tuple[int, int],
+        *,
+        heads: int = 1,
+        causal: bool = False,
+        candidates: LongNetSegments | None = None,
+    ) -> BlockLayout:
+        """Builds the layout for a length; arguments as for `SparsePatternConfig.layout`."""
+        return self.pattern(seq_len).layout(
+            seq_len,
+            block_size=self.block_size,
+            heads=heads,
+            causal=causal,
+            density=self.density,
+            candidates=candidates,
+        )
 
     def _pattern_name(self) -> str:
         if self.auto_levels:
@@ -151,6 +117,7 @@ class BlockSparseHierarchical(BlockSparseRingDilatedAttention):
         dropout: See there.
         scale: See there.
         mixed_precision: See there.
+        use_memory_pool: See there.
         order: See there.
         backend: See there.
         deterministic: See there.
@@ -164,6 +131,7 @@ class BlockSparseHierarchical(BlockSparseRingDilatedAttention):
     """
 
     sparse_config: Any
+    _config_type = HierarchicalConfig
 
     def __init__(
         self,
@@ -178,45 +146,29 @@ class BlockSparseHierarchical(BlockSparseRingDilatedAttention):
         dropout: float = 0.0,
         scale: float | None = None,
         mixed_precision: bool = False,
+        use_memory_pool: bool = False,
         order: str = "auto",
         backend: str = "auto",
         deterministic: bool = True,
     ) -> None:
         if sparse_config is not None and hierarchical_config is not None:
             raise ValueError("hierarchical_config: given beside sparse_config, which is the same; give one of the two")
-        name = "sparse_config" if hierarchical_config is None else "hierarchical_config"
-        config = sparse_config if hierarchical_config is None else hierarchical_config
-        if config is None:
-            config = HierarchicalConfig()
-        elif isinstance(config, Mapping):
-            config = HierarchicalConfig.from_dict(config)
-        elif not isinstance(config, HierarchicalConfig):
-            raise TypeError(f"{name}: expected a HierarchicalConfig or a mapping, got {config!r}")
+        if hierarchical_config is not None:
+            sparse_config = HierarchicalConfig.of("hierarchical_config", hierarchical_config)
         super().__init__(
             segment_lengths,
             dilation_rates,
-            None,
+            sparse_config,  # pyright: ignore[reportArgumentType]
             device=device,
             dtype=dtype,
             num_heads=num_heads,
             dropout=dropout,
             scale=scale,
             mixed_precision=mixed_precision,
+            use_memory_pool=use_memory_pool,
             order=order,
             backend=backend,
             deterministic=deterministic,
-        )
-        self.sparse_config = config
-
-    def _pattern_layout(self, seq_len: tuple[int, int], is_causal: bool, num_heads: int) -> BlockLayout:
-        config = self.sparse_config
-        return config.pattern(seq_len).layout(
-            seq_len,
-            block_size=config.block_size,
-            heads=num_heads,
-            causal=is_causal,
-            density=config.density,
-            candidates=self._candidates(),
         )
 
 
@@ -230,10 +182,8 @@ def _check_levels(name: str, value: Any) -> Any:
     return [dataclasses.asdict(cast(HierarchicalLevel, level)) for level in levels]
 
 
-def _check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected a bool, got {value!r}")
-    return value
-
-
-_CHECKS = {"level_configs": _check_levels, "sparsity_ratio": check_density, "auto_levels": _check_flag}
+HierarchicalConfig._checks = {
+    "level_configs": _check_levels,
+    "sparsity_ratio": check_density,
+    "auto_levels": check_flag,
+}

@@ -27,6 +27,7 @@ class BlockSparseRingDilatedAttentionHilbertPostPattern(BlockSparseRingDilatedAt
         dropout: See there.
         scale: See there.
         mixed_precision: See there.
+        use_memory_pool: See there.
         backend: See there.
         deterministic: See there.
 
@@ -46,6 +47,7 @@ class BlockSparseRingDilatedAttentionHilbertPostPattern(BlockSparseRingDilatedAt
         dropout: float = 0.0,
         scale: float | None = None,
         mixed_precision: bool = False,
+        use_memory_pool: bool = False,
         backend: str = "auto",
         deterministic: bool = True,
     ) -> None:
@@ -59,6 +61,7 @@ class BlockSparseRingDilatedAttentionHilbertPostPattern(BlockSparseRingDilatedAt
             dropout=dropout,
             scale=scale,
             mixed_precision=mixed_precision,
+            use_memory_pool=use_memory_pool,
             order="hilbert",
             backend=backend,
             deterministic=deterministic,

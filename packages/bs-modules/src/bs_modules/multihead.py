@@ -25,6 +25,7 @@ _INNER_DEFAULTS: dict[str, Any] = {
     "dilation_rates": None,
     "sparse_config": None,
     "mixed_precision": False,
+    "use_memory_pool": False,
     "order": "auto",
     "backend": "auto",
     "deterministic": True,
@@ -63,6 +64,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             `key_padding_mask` and `attn_bias` of `BlockSparseAttention.forward`, and with appended keys it is asked
             for `return_lse=True`. Its `dropout` attribute follows this module's.
         mixed_precision: As for `BlockSparseRingDilatedAttention`.
+        use_memory_pool: As for `BlockSparseRingDilatedAttention`.
         order: As for `BlockSparseRingDilatedAttention`.
         backend: As for `BlockSparseRingDilatedAttention`.
         deterministic: As for `BlockSparseRingDilatedAttention`.
@@ -75,6 +77,8 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
 
     attention: Any
     dropout: float
+    #: Why the factory took this variant; `None` for a module that it did not make.
+    chosen_because: str | None = None
 
     def __init__(
         self,
@@ -95,6 +99,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         sparse_config: SparsePatternConfig | Mapping[str, Any] | None = None,
         attention: nn.Module | None = None,
         mixed_precision: bool = False,
+        use_memory_pool: bool = False,
         order: str = "auto",
         backend: str = "auto",
         deterministic: bool = True,
@@ -109,6 +114,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             dilation_rates=dilation_rates,
             sparse_config=sparse_config,
             mixed_precision=mixed_precision,
+            use_memory_pool=use_memory_pool,
             order=order,
             backend=backend,
             deterministic=deterministic,
