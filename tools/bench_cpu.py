@@ -193,13 +193,11 @@ def watched(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
     return inner
 
 
-def flex_forward(
-    tensors: list[torch.Tensor], layout: BlockLayout, compiled: dict[str, Any]
-) -> Callable[[], Any] | None:
+def flex_forward(tensors: list[torch.Tensor], layout: BlockLayout) -> Callable[[], Any] | None:
     """Compiled FlexAttention on the same blocks (forward only: it has no backward on CPU), or None if it cannot."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    block, dense = layout.block_size[0], torch.from_numpy(layout.to_dense())
+    block, dense = layout.block_size[0], torch.from_numpy(layout.to_dense().copy())
     heads = tensors[0].shape[2]
 
     def rule(b: Any, h: Any, q: Any, k: Any) -> Any:
@@ -208,7 +206,8 @@ def flex_forward(
 
     try:
         mask = create_block_mask(rule, 1, heads, *layout.seq_len, device="cpu", BLOCK_SIZE=block)
-        run = compiled.setdefault("flex", torch.compile(flex_attention))
+        torch._dynamo.reset()  # a second mask would compile with dynamic shapes, which its C++ template cannot
+        run = torch.compile(flex_attention, dynamic=False)
         q, k, v = (x.detach().transpose(1, 2) for x in tensors)
         grouped = q.shape[1] != k.shape[1]
 
@@ -241,17 +240,20 @@ def check(backends: list[str]) -> None:
 
 def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time and η over density, head dim, block size and layout."""
-    records, compiled = [], {}
+    records = []
     for dtype, dim, kv_heads in itertools.product(args.dtypes, args.head_dims, args.kv_heads):
         tensors, cotangent = operands(args.tokens, args.heads, kv_heads, dim, DTYPES[dtype])
         kinds = list(itertools.product(args.layouts, args.blocks))
+        first = kinds[0]
         if kv_heads != args.kv_heads[0]:  # sharing key heads changes one operand: one kind of layout shows it
-            kinds = kinds[:1]
-        for (kind, block), density in itertools.product(kinds, args.densities):
-            layout = layout_of(kind, args.tokens, block, args.heads, density, args.causal)
+            kinds = [first]
+        for name, block, density in [(*kind, density) for kind in kinds for density in args.densities]:
+            # What is slow is measured once per dtype and size.
+            backends = args.backends if (name, block) == first else args.backends[:1]
+            layout = layout_of(name, args.tokens, block, args.heads, density, args.causal)
             plan = LayoutPlan.build(layout)
-            turns = contestants_of(tensors, cotangent, plan, args.backends, args.causal)
-            flex = flex_forward(tensors, layout, compiled) if args.flex else None
+            turns = contestants_of(tensors, cotangent, plan, backends, args.causal)
+            flex = flex_forward(tensors, layout) if args.flex and (name, block) == first else None
             if flex is not None:
                 turns["flex forward"] = flex
             share = share_of_dense(layout)
@@ -261,7 +263,7 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "heads": args.heads,
                 "kv_heads": kv_heads,
                 "tokens": args.tokens,
-                "layout": kind,
+                "layout": name,
                 "block": block,
                 "causal": args.causal,
                 "density": round(share, 4),
@@ -490,7 +492,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--no-causal", dest="causal", action="store_false")
     parser.add_argument("--no-flex", dest="flex", action="store_false")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     args.kv_heads = args.kv_heads or sorted({args.heads, max(1, args.heads // 4)}, reverse=True)
