@@ -2,6 +2,7 @@
 
 from .api import block_sparse_attention, explain_backends
 from .batched import BatchedLayout
+from .dilated import dilated_attention
 from .dispatch import BackendReport, BackendTable
 from .merge import merge_attention
 from .partial import PartialGradients, attention_delta, partial_backward, partial_forward, sinks_gradient
@@ -20,6 +21,7 @@ __all__ = [
     "__version__",
     "attention_delta",
     "block_sparse_attention",
+    "dilated_attention",
     "explain_backends",
     "merge_attention",
     "partial_backward",

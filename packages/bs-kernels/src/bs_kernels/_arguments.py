@@ -16,7 +16,16 @@ from .batched import BatchedLayout
 from .plan import LayoutPlan
 from .token_mask import TokenMask
 
-__all__ = ["AttentionArguments", "check_operands", "make_call", "resolve_plan"]
+__all__ = [
+    "AttentionArguments",
+    "check_flag",
+    "check_operands",
+    "check_padding",
+    "check_scale",
+    "check_segments",
+    "make_call",
+    "resolve_plan",
+]
 
 
 class AttentionArguments(TypedDict, total=False):
@@ -162,7 +171,8 @@ def _check_sizes(q: Tensor, k: Tensor, plan: LayoutPlan, page_table: Tensor | No
         _same_device("page_table", page_table, q)
 
 
-def _padding(mask: Any, q: Tensor, len_k: int) -> Tensor | None:
+def check_padding(mask: Any, q: Tensor, len_k: int) -> Tensor | None:
+    """Check ``key_padding_mask``."""
     if mask is None:
         return None
     mask = _tensor("key_padding_mask", mask)
@@ -174,7 +184,8 @@ def _padding(mask: Any, q: Tensor, len_k: int) -> Tensor | None:
     return mask
 
 
-def _segments(ids: Any, q: Tensor, lengths: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+def check_segments(ids: Any, q: Tensor, lengths: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    """Check ``segment_ids`` and return those of queries and of keys, int32."""
     if ids is None:
         return None, None
     if isinstance(ids, Tensor):
@@ -255,6 +266,20 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_scale(scale: Any, q: Tensor) -> float:
+    """The factor of q · k; None for 1/√D."""
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else _number("scale", scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    return scale
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse anything but a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+
+
 def _dropout(p: Any, seed: Any, device: torch.device) -> tuple[float, Tensor | None]:
     p = _number("dropout_p", p)
     if not 0 <= p < 1:
@@ -305,22 +330,17 @@ def make_call(
         page_table = _tensor("page_table", page_table)
     plan = resolve_plan(layout, causal, window, order, q.device)
     _check_sizes(q, k, plan, page_table)
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[3])
-    scale = _number("scale", scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    if not isinstance(deterministic, bool):
-        raise TypeError(f"deterministic: expected a bool, got {deterministic!r}")
+    scale = check_scale(scale, q)
+    check_flag("deterministic", deterministic)
     p, seed = _dropout(dropout_p, dropout_seed, q.device)
-    q_segments, kv_segments = _segments(segment_ids, q, plan.seq_len)
+    q_segments, kv_segments = check_segments(segment_ids, q, plan.seq_len)
     return Call(
         q=q,
         k=k,
         v=v,
         plan=plan,
         scale=scale,
-        key_padding_mask=_padding(key_padding_mask, q, plan.seq_len[1]),
+        key_padding_mask=check_padding(key_padding_mask, q, plan.seq_len[1]),
         q_segments=q_segments,
         kv_segments=kv_segments,
         attn_bias=_attn_bias(attn_bias, q, plan.seq_len),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["merge_attention"]
+__all__ = ["merge_attention", "merge_weights"]
 
 
 def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -48,12 +48,24 @@ def merge_attention(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Ten
     outs, lses = [out for out, _ in parts], [lse for _, lse in parts]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in (*outs, *lses)) else torch.float32
     stacked = torch.stack([lse.to(dtype) for lse in lses])
-    empty = stacked == float("-inf")
-    nowhere = empty.all(0)
-    # −inf everywhere would make NaN gradients in logsumexp: such queries are computed on zeros and masked after.
-    total = torch.logsumexp(stacked.masked_fill(nowhere, 0), 0)
-    weights = torch.exp((stacked - total).masked_fill(empty, 0)).masked_fill(empty, 0)
-    total = total.masked_fill(nowhere, float("-inf"))
+    weights, total = merge_weights(stacked)
     merged = sum(w.transpose(1, 2).unsqueeze(-1) * out.to(dtype) for w, out in zip(weights, outs, strict=True))
     assert isinstance(merged, Tensor)
     return merged.to(outs[0].dtype), total
+
+
+def merge_weights(lses: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of every part, and the LSE of all.
+
+    Args:
+        lses: [parts, …]; the parts' LSEs, stacked.
+
+    Returns:
+        ``exp(lses − total)`` [parts, …], 0 where a part has no key, and ``total`` […], −∞ where none has.
+    """
+    empty = lses == float("-inf")
+    nowhere = empty.all(0)
+    # −inf everywhere would make NaN gradients in logsumexp: such queries are computed on zeros and masked after.
+    total = torch.logsumexp(lses.masked_fill(nowhere, 0), 0)
+    weights = torch.exp((lses - total).masked_fill(empty, 0)).masked_fill(empty, 0)
+    return weights, total.masked_fill(nowhere, float("-inf"))

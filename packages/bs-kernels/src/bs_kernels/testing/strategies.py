@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from .case import Case
 from .factories import make_batched_layout, make_case, make_layout, make_pages
+from .longnet import DilatedCase, make_dilated_case
 
-__all__ = ["ARGUMENTS", "cases"]
+__all__ = ["ARGUMENTS", "cases", "dilated_cases"]
 
 #: Optional arguments that `cases` knows how to draw.
 ARGUMENTS = (
@@ -118,3 +119,48 @@ def cases(
 def _broadcast(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
     """``shape`` with some dimensions set to 1."""
     return tuple(draw(st.sampled_from((1, size)), label="bias dimension") for size in shape)
+
+
+@st.composite
+def dilated_cases(
+    draw: st.DrawFn,
+    *,
+    combine: Sequence[str] = ("softmax", "longnet", "union"),
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    max_tokens: int = 50,
+) -> DilatedCase:
+    """Any call of `dilated_attention` with small sizes: nested and odd branches, shards, GQA, padding, documents.
+
+    Args:
+        draw: Hypothesis's.
+        combine: ways to combine branches to choose from.
+        dtypes: of q, k and v.
+        max_tokens: longest sequence.
+    """
+    nested = draw(st.booleans(), label="powers of two")
+    lengths = st.sampled_from((2, 4, 8, 16, 32, 64)) if nested else st.integers(1, 70)
+    rates = st.sampled_from((1, 2, 4, 8)) if nested else st.integers(1, 9)
+    branches = draw(st.lists(st.tuples(lengths, rates), min_size=1, max_size=3), label="branches")
+    kv_heads, group = draw(st.integers(1, 2), label="kv_heads"), draw(st.integers(1, 3), label="group")
+    keys = draw(st.integers(1, max_tokens), label="keys")
+    called: dict[str, Any] = {"combine": draw(st.sampled_from(combine)), "causal": draw(st.booleans(), label="causal")}
+    for name in ("key_padding_mask", "segment_ids"):
+        if draw(st.booleans(), label=name):
+            called[name] = True
+    if draw(st.booleans(), label="shard"):
+        called |= {"q_start": draw(st.integers(-40, 40)), "kv_start": draw(st.integers(-40, 40))}
+    if draw(st.booleans(), label="scale"):
+        called["scale"] = draw(st.sampled_from((0.0, 0.3, -1.0)))
+    return make_dilated_case(
+        [length for length, _ in branches],
+        [rate for _, rate in branches],
+        seed=draw(st.integers(0, 2**32 - 1), label="seed"),
+        batch=draw(st.integers(1, 2), label="batch"),
+        seq_len=(draw(st.one_of(st.just(keys), st.integers(1, max_tokens)), label="queries"), keys),
+        q_heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from((1, 4, 16)), label="head_dim"),
+        value_dim=draw(st.sampled_from((3, 16)), label="value_dim"),
+        dtype=draw(st.sampled_from(dtypes), label="dtype"),
+        **called,
+    )

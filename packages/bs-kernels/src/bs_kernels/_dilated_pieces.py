@@ -1,0 +1,242 @@
+"""LongNet's branches cut into pieces that one attention call computes, and what `union` leaves out of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bs_patterns import BlockLayout
+
+from ._dilated_rows import KeptRows
+from .plan import LayoutPlan
+from .token_mask import TokenMask
+
+__all__ = ["Branch", "Piece", "SegmentLayout", "branches_for_union", "overlap_mask", "pieces_of", "plan_of"]
+
+SegmentLayout = Callable[[int], BlockLayout]
+
+#: Rows per block of a dense segment, at most.
+_BLOCK = 128
+#: Below this many rows, blocks are too small to leave out keys by the layout.
+_LEAST_BLOCK = 16
+
+
+class Branch(NamedTuple):
+    """One segment length with its dilation rate."""
+
+    length: int
+    rate: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries and keys of the same segments of a branch: several whole segments, or a part of one.
+
+    Attributes:
+        branch: the branch.
+        segment: index of the first segment.
+        segments: how many segments; more than one only where queries and keys cover them whole.
+        q, kv: the kept rows of the queries and of the keys.
+        q_offset, kv_offset: the first token of each, in the tensors.
+    """
+
+    branch: Branch
+    segment: int
+    segments: int
+    q: KeptRows
+    kv: KeptRows
+    q_offset: int
+    kv_offset: int
+
+    @property
+    def q_tokens(self) -> int:
+        """Query tokens that the piece covers."""
+        return self.segments * (self.q.stop - self.q.start)
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """[B, Sq, F, X] → the piece's [B, N, T, F, X]."""
+        return x[:, self.q_offset :][:, : self.q_tokens].unflatten(1, (self.segments, self.q.stop - self.q.start))
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """[B, Sk, F, X] → the piece's [B, N, T, F, X]."""
+        tokens = self.kv.stop - self.kv.start
+        return x[:, self.kv_offset :][:, : self.segments * tokens].unflatten(1, (self.segments, tokens))
+
+
+def pieces_of(branch: Branch, q_range: tuple[int, int], kv_range: tuple[int, int], heads: int) -> list[Piece]:
+    """Cut a branch along its segments.
+
+    Args:
+        branch: length and rate.
+        q_range, kv_range: absolute positions ``[start, stop)`` of queries and keys.
+        heads: query heads.
+
+    Returns:
+        At most five pieces in ascending order: the whole segments together, and the cut ones. Segments without a query
+        or without a key have none.
+    """
+    (q0, q1), (k0, k1), length = q_range, kv_range, branch.length
+    low, high = -(-max(q0, k0) // length), min(q1, k1) // length
+    cut = {p // length for p in (q0, q1 - 1, k0, k1 - 1)}
+    starts = [(m, 1) for m in cut if not low <= m < high]
+    if low < high:
+        starts.append((low, high - low))
+    pieces = []
+    for segment, segments in sorted(starts):
+        begin, end = segment * length, (segment + segments) * length
+        qa, qb, ka, kb = max(q0, begin), min(q1, end), max(k0, begin), min(k1, end)
+        if qa < qb and ka < kb:
+            spans = [(qa, qb), (ka, kb)] if segments == 1 else [(begin, begin + length)] * 2
+            q, kv = (KeptRows(a - begin, b - begin, branch.rate, heads) for a, b in spans)
+            pieces.append(Piece(branch, segment, segments, q, kv, qa - q0, ka - k0))
+    return pieces
+
+
+def branches_for_union(branches: list[Branch], longest: int) -> list[Branch]:
+    """The branches in an order in which as much as possible is left out whole, without those that add nothing.
+
+    Args:
+        branches: as given.
+        longest: the last position + 1; longer segments are this long where no position is negative.
+    """
+    ordered = sorted(branches, key=lambda b: (b.rate, -b.length))
+    kept: list[Branch] = []
+    for branch in ordered:
+        clamped = Branch(min(branch.length, longest), branch.rate)
+        earlier = [(b, Branch(min(b.length, longest), b.rate)) for b in kept]
+        if not any(_overlap(a, branch) == 0 or _overlap(b, clamped) == 0 for a, b in earlier):
+            kept.append(branch)
+    return kept
+
+
+def _overlap(earlier: Branch, branch: Branch) -> int | None:
+    """Rows per run of the branch's rows within which an earlier branch has reached every pair already.
+
+    0: everything is reached; None: what is reached is not such runs.
+    """
+    (first, coarse), (length, rate) = earlier, branch
+    if rate % coarse:
+        return None
+    if first == length or (first % length == 0 and length % coarse == 0):
+        return 0
+    if length % first == 0 and first % rate == 0:
+        return first // rate
+    return None
+
+
+def _runs_left_out(piece: Piece, earlier: list[Branch]) -> tuple[int, ...] | None:
+    """The run lengths of `_overlap` if blocks can leave them out, else None."""
+    runs = [_overlap(branch, piece.branch) for branch in earlier]
+    found = [run for run in runs if run]
+    if len(found) < len(runs):
+        return None
+    if found and math.gcd(*found, piece.q.first, piece.kv.first) < min(_LEAST_BLOCK, piece.kv.rows):
+        return None
+    return tuple(found)
+
+
+def overlap_mask(piece: Piece, earlier: list[Branch], device: torch.device) -> Tensor | None:
+    """Which pairs no earlier branch has: bool, True = keep; None where the plan leaves the others out by blocks.
+
+    Args:
+        piece: the piece.
+        earlier: the branches before the piece's.
+        device: of the result.
+
+    Returns:
+        [N · H, 1, n, n], or [N, H, T, T] at rate 1.
+    """
+    if not earlier or _runs_left_out(piece, earlier) is not None:
+        return None
+    begins = (piece.segment + torch.arange(piece.segments, device=device)) * piece.branch.length
+    q, k = (begins[:, None, None] + rows.indices(device) for rows in (piece.q, piece.kv))  # absolute [N, H, n]
+    reached = torch.zeros((), dtype=torch.bool, device=device)
+    for branch in earlier:
+        # A pair is the earlier branch's if both keep their token there, in one segment.
+        of_query, of_key = _segment_where_kept(q, branch, -1), _segment_where_kept(k, branch, -2)
+        reached = reached | (of_query[..., :, None] == of_key[..., None, :])
+    return ~reached if piece.branch.rate == 1 else ~reached.flatten(0, 1).unsqueeze(1)
+
+
+def _segment_where_kept(positions: Tensor, branch: Branch, nowhere: int) -> Tensor:
+    """Segment of the positions [N, H, n] that a branch keeps, ``nowhere`` of the others."""
+    offsets = torch.arange(positions.shape[1], device=positions.device)[:, None] % branch.rate
+    segment = positions.div(branch.length, rounding_mode="floor")
+    kept = (positions - segment * branch.length) % branch.rate == offsets
+    # Positions may be negative: twice the segment (even, or odd below zero) keeps clear of the two markers.
+    return torch.where(kept, segment.abs() * 2 + (segment < 0).to(segment.dtype), nowhere)
+
+
+def plan_of(
+    piece: Piece, earlier: list[Branch], causal: bool, layout: SegmentLayout | None, device: torch.device
+) -> LayoutPlan:
+    """The plan of a piece's rows.
+
+    Args:
+        piece: the piece.
+        earlier: branches whose pairs are left out.
+        causal: mask keys after the query; both are at the same place of their cells, so rows compare as tokens do.
+        layout: makes the layout of a segment from its number of rows; None for dense segments.
+        device: of the plan.
+
+    Raises:
+        TypeError, ValueError: what ``layout`` makes does not fit the segment.
+    """
+    rows = (piece.q.rows, piece.kv.rows)
+    if layout is not None:
+        made = _made_by(layout, piece, causal)
+    else:
+        made = _dense(rows, (piece.q.first, piece.kv.first), _runs_left_out(piece, earlier) or ())
+    mask = TokenMask(causal)
+    return LayoutPlan.build(made, mask, device, q_start=piece.q.first, kv_start=piece.kv.first)
+
+
+@lru_cache(maxsize=256)
+def _dense(rows: tuple[int, int], first: tuple[int, int], runs: tuple[int, ...]) -> BlockLayout:
+    """All blocks, but for those whose query and key rows lie in one run of one of the given lengths."""
+    if runs:
+        size = math.gcd(*runs, *first)
+        block = next(b for b in range(min(size, _BLOCK), 0, -1) if size % b == 0)
+    else:
+        block = min(_BLOCK, -(-max(rows) // 16) * 16)
+    at = [f + np.arange(0, n, block) for f, n in zip(first, rows, strict=True)]
+    active = np.ones((len(at[0]), len(at[1])), np.bool_)
+    for run in runs:
+        active &= (at[0] // run)[:, None] != at[1] // run
+    return BlockLayout.from_dense(active[None], block_size=block, seq_len=rows)
+
+
+def _made_by(layout: SegmentLayout, piece: Piece, causal: bool) -> BlockLayout:
+    """The user's layout for the rows of a segment, cut to the piece's queries."""
+    if piece.kv.first:
+        raise ValueError(
+            "segment_layout: expected keys from the start of their segment on, got keys from index "
+            f"{piece.kv.start} of a segment of {piece.branch.length}"
+        )
+    rows = piece.kv.rows
+    made = layout(rows)
+    if not isinstance(made, BlockLayout):
+        raise TypeError(f"segment_layout: expected it to return a BlockLayout, got {type(made).__name__}")
+    if made.seq_len != (rows, rows):
+        raise ValueError(f"segment_layout: expected a layout of ({rows}, {rows}) rows, got {made.seq_len}")
+    if made.shape[0] != 1:
+        raise ValueError(f"segment_layout: expected one layout for all heads, got {made.shape[0]} heads")
+    first, last = piece.q.first, piece.q.first + piece.q.rows
+    if made.causal and not causal:
+        raise ValueError("segment_layout: expected layouts that are not causal without causal=True, got a causal one")
+    if first == 0 and last == rows:
+        return made
+    if last > rows:
+        raise ValueError(
+            f"segment_layout: expected queries among the {rows} rows of the segment's keys, got rows {first} to {last}"
+        )
+    # The plan masks by position; a causal layout would drop keys with the rows that are cut away.
+    plain = BlockLayout(made.block_size, made.seq_len, made.indptr, made.indices, False)
+    return plain.rows_at(first, last)

@@ -1,0 +1,341 @@
+"""Exact LongNet: dilated attention at token granularity, with per-head offsets, on any block-sparse backend.
+
+**Definition.** A branch is a segment length w with a dilation rate r. Positions are absolute. Head h *keeps* position p
+in it iff ``(p mod w) mod r = h mod r``: in every segment of w positions, those whose index in the segment is h mod r,
+by steps of r. Under a branch, query i of head h *sees* key j iff
+
+    head h keeps i,  head h keeps j,  ⌊i / w⌋ = ⌊j / w⌋,  and j ≤ i if causal,
+
+where h is always the query head, also with grouped key heads: head h then reads these positions of its key head. Key
+padding and segment ids take keys away on top. Let a_b and l_b be the softmax attention and the log-sum-exp of a query
+over the keys that it sees under branch b. A query that a branch does not keep sees nothing under it, and l_b = −∞.
+
+- ``softmax``: ``Σ_b exp(l_b − l) a_b`` with ``l = log Σ_b exp(l_b)``: one softmax over the keys of all branches, where
+  a key that is seen under two of them counts twice.
+- ``longnet``: the same value; no gradient through the weights ``exp(l_b − l)``.
+- ``union``: one softmax over the keys that are seen under at least one branch, each once.
+
+Source: Ding et al., "LongNet: Scaling Transformers to 1,000,000,000 Tokens", 2023 (arXiv 2307.02486), sections 3.2 and
+3.3; its weights are the shares of the branches' softmax denominators, which is the formula above. The released code
+(torchscale) computes the weights without gradient, and gives heads their offsets in runs, ``⌊h / ⌈H / r⌉⌋`` instead of
+``h mod r``: the same function up to the order of the heads where r divides H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._arguments import check_flag, check_operands, check_padding, check_scale, check_segments, make_call
+from ._dilated_pieces import Branch, Piece, SegmentLayout, branches_for_union, overlap_mask, pieces_of, plan_of
+from .api import gradient_flags
+from .dispatch import get_backend
+from .merge import merge_weights
+from .op import run_forward
+from .plan import LayoutPlan
+
+__all__ = ["COMBINE", "dilated_attention"]
+
+COMBINE = ("softmax", "longnet", "union")
+
+Combine = Literal["softmax", "longnet", "union"]
+SegmentIds = Tensor | tuple[Tensor, Tensor] | None
+
+_LIMIT = 2**30
+_NEG_INF = float("-inf")
+
+
+@overload
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    causal: bool = ...,
+    combine: Combine = ...,
+    key_padding_mask: Tensor | None = ...,
+    segment_ids: SegmentIds = ...,
+    segment_layout: SegmentLayout | None = ...,
+    scale: float | None = ...,
+    q_start: int | None = ...,
+    kv_start: int = ...,
+    return_lse: Literal[False] = ...,
+    deterministic: bool = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    causal: bool = ...,
+    combine: Combine = ...,
+    key_padding_mask: Tensor | None = ...,
+    segment_ids: SegmentIds = ...,
+    segment_layout: SegmentLayout | None = ...,
+    scale: float | None = ...,
+    q_start: int | None = ...,
+    kv_start: int = ...,
+    return_lse: Literal[True],
+    deterministic: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    causal: bool = False,
+    combine: Combine = "softmax",
+    key_padding_mask: Tensor | None = None,
+    segment_ids: SegmentIds = None,
+    segment_layout: SegmentLayout | None = None,
+    scale: float | None = None,
+    q_start: int | None = None,
+    kv_start: int = 0,
+    return_lse: bool = False,
+    deterministic: bool = True,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact LongNet attention: the definition at the top of `bs_kernels.dilated`, at token granularity.
+
+    Any lengths: the last segment may be short, w need not be a multiple of r, branches need not nest. Time and memory
+    are linear in tokens: a branch computes S · w / r² pairs per head. Differentiable in q, k and v, through the output
+    and the LSE, twice in eager mode. A query that sees no key gets output 0, LSE −inf and zero gradients.
+
+    There is no dropout: backends key it by consecutive positions, which kept tokens do not have.
+
+    Args:
+        q: [B, Sq, Hq, D]; float16, bfloat16, float32 or float64. Any strides.
+        k: [B, Sk, Hkv, D] with ``Hq % Hkv == 0``.
+        v: [B, Sk, Hkv, Dv].
+        segment_lengths: w of every branch, in tokens, ≥ 1.
+        dilation_rates: r of every branch, ≥ 1; as many.
+        causal: mask keys after the query.
+        combine: "softmax", "longnet" or "union". Where branches do not nest (each length a multiple of the shorter ones
+            and of the rates, each rate of the smaller ones), "union" needs a mask of one byte per pair.
+        key_padding_mask: bool[B, Sk], True = a real token.
+        segment_ids: int[B, S], or a (query, key) pair: a query attends only to keys of its own id (packed documents;
+            LongNet's segments are not moved by them).
+        segment_layout: block-sparse attention inside every segment: a function from n, the number of tokens that a head
+            keeps in a segment, to a `BlockLayout` of (n, n) tokens and one head. None for dense segments. Not with
+            "union", whose branches it would leave undefined.
+        scale: multiplies q · k; None for 1/√D.
+        q_start: absolute position of the first query; None aligns the last query with the last key.
+        kv_start: absolute position of the first key. With ``q_start``, the results of shards of the keys merge by
+            `merge_attention` into those of all keys ("longnet": the values do).
+        return_lse: also return the log-sum-exp ("longnet": its gradient is not cut off).
+        deterministic: as in `block_sparse_attention`.
+        backend: as in `block_sparse_attention`.
+
+    Returns:
+        ``out`` [B, Sq, Hq, Dv] in q's dtype, or ``(out, lse)`` with lse [B, Hq, Sq] in float32 (float64 for float64
+        inputs). Under "softmax" and "longnet" a key seen under two branches is in the LSE twice.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices or values that do not fit; a named backend that cannot compute this.
+
+    Source:
+        Ding et al., "LongNet: Scaling Transformers to 1,000,000,000 Tokens", 2023.
+    """
+    q, k, v = check_operands(q, k, v, paged=False)
+    branches = _branches(segment_lengths, dilation_rates)
+    _check_choices(combine, causal, return_lse, segment_layout, backend)
+    kv_start = _position("kv_start", kv_start)
+    q_start = kv_start + k.shape[1] - q.shape[1] if q_start is None else _position("q_start", q_start)
+    ranges = ((q_start, q_start + q.shape[1]), (kv_start, kv_start + k.shape[1]))
+    if combine == "union":
+        longest = max(ranges[0][1], ranges[1][1]) if min(q_start, kv_start) >= 0 else _LIMIT
+        branches = branches_for_union(branches, longest)
+    inputs = _Inputs(q, k, v, key_padding_mask, segment_ids, causal, segment_layout, scale, deterministic, backend)
+    parts = []
+    for at, branch in enumerate(branches):
+        earlier = branches[:at] if combine == "union" else []
+        parts.append([_Part(piece, inputs, earlier) for piece in pieces_of(branch, *ranges, q.shape[2])])
+    out, lse = _combine(parts, q, v, detach=combine == "longnet")
+    if not any(parts):  # no query meets a key: connect the zeros to the inputs, as an attention call would
+        out = torch.where(out == 0, out, q.sum() + k.sum() + v.sum())
+    return (out, lse) if return_lse else out
+
+
+def _branches(lengths: Any, rates: Any) -> list[Branch]:
+    checked = [_integers(name, value) for name, value in (("segment_lengths", lengths), ("dilation_rates", rates))]
+    if len(checked[0]) != len(checked[1]):
+        raise ValueError(
+            f"dilation_rates: expected one rate per segment length, got {len(checked[1])} rates for "
+            f"{len(checked[0])} lengths"
+        )
+    return [Branch(length, rate) for length, rate in zip(*checked, strict=True)]
+
+
+def _integers(name: str, values: Any) -> list[int]:
+    if isinstance(values, (str, bytes, Tensor)) or not isinstance(values, Sequence | np.ndarray):
+        raise TypeError(f"{name}: expected a sequence of integers ≥ 1, got {values!r}")
+    if len(values) == 0:
+        raise ValueError(f"{name}: expected at least one integer, got an empty sequence")
+    for at, value in enumerate(values):
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"{name}[{at}]: expected an integer ≥ 1, got {value!r}")
+        if not 1 <= value <= _LIMIT:
+            raise ValueError(f"{name}[{at}]: expected an integer from 1 to {_LIMIT}, got {value}")
+    return [int(value) for value in values]
+
+
+def _position(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer position, got {value!r}")
+    if abs(value) > _LIMIT:
+        raise ValueError(f"{name}: expected a position within ±{_LIMIT}, got {value}")
+    return int(value)
+
+
+def _check_choices(combine: Any, causal: Any, return_lse: Any, layout: Any, backend: str) -> None:
+    if not isinstance(combine, str):
+        raise TypeError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
+    if combine not in COMBINE:
+        raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
+    check_flag("causal", causal)
+    check_flag("return_lse", return_lse)
+    if layout is not None and not callable(layout):
+        raise TypeError(f"segment_layout: expected a function of the number of rows, got {type(layout).__name__}")
+    if layout is not None and combine == "union":
+        raise ValueError("combine: expected 'softmax' or 'longnet' with segment_layout, got 'union'")
+    if backend != "auto":
+        get_backend(backend)
+
+
+class _Inputs:
+    """The checked tensors of a call with everything as [B, S, F, X], and the arguments that every piece shares."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Any,
+        segment_ids: Any,
+        causal: bool,
+        layout: SegmentLayout | None,
+        scale: Any,
+        deterministic: Any,
+        backend: str,
+    ) -> None:
+        self.q, self.k, self.v = q, k, v
+        self.causal, self.layout, self.backend = causal, layout, backend
+        self.scale, self.deterministic = check_scale(scale, q), deterministic
+        check_flag("deterministic", deterministic)
+        self.padding = check_padding(padding, q, k.shape[1])
+        self.q_ids, self.kv_ids = check_segments(segment_ids, q, (q.shape[1], k.shape[1]))
+
+
+class _Part:
+    """One piece of a branch, computed: its output and LSE as the backend gives them."""
+
+    def __init__(self, piece: Piece, inputs: _Inputs, earlier: list[Branch]) -> None:
+        self.piece, self.batch = piece, inputs.q.shape[0]
+        device = inputs.q.device
+        plan = plan_of(piece, earlier, inputs.causal, inputs.layout, device)
+        keep = overlap_mask(piece, earlier, device) if self.batch else None
+        if keep is None or self.batch == 1:
+            self.out, self.lse = self._attend(inputs, slice(None), plan, keep)
+            return
+        # The mask is the same for every batch element, and as large as a batch element's scores.
+        found = [self._attend(inputs, slice(b, b + 1), plan, keep) for b in range(self.batch)]
+        self.out, self.lse = (torch.cat(x) for x in zip(*found, strict=True))
+
+    def _attend(self, inputs: _Inputs, batch: slice, plan: LayoutPlan, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        piece = self.piece
+        q = piece.q.gather(piece.of_queries(inputs.q[batch]))
+        k, v = (piece.kv.gather(piece.of_keys(x[batch])) for x in (inputs.k, inputs.v))
+        padding, ids = self._padding(inputs, batch, k.shape[0]), None
+        if inputs.q_ids is not None and inputs.kv_ids is not None:
+            of_queries = piece.q.gather(piece.of_queries(inputs.q_ids[batch, :, None, None]))
+            of_keys = piece.kv.gather(piece.of_keys(inputs.kv_ids[batch, :, None, None]))
+            ids = (of_queries[:, :, 0, 0], of_keys[:, :, 0, 0])
+        call = make_call(
+            q,
+            k,
+            v,
+            plan,
+            key_padding_mask=padding,
+            segment_ids=ids,
+            attn_bias=keep,
+            scale=inputs.scale,
+            deterministic=inputs.deterministic,
+        )
+        return run_forward(call, gradient_flags(call), inputs.backend, accumulate_out=True)
+
+    def _padding(self, inputs: _Inputs, batch: slice, folded: int) -> Tensor | None:
+        """The key padding of the operands: the user's, and the rows that have no token."""
+        rows, real = self.piece.kv, None
+        if inputs.padding is not None:
+            of_keys = self.piece.of_keys(inputs.padding[batch, :, None, None])
+            real = rows.gather(of_keys)[:, :, 0, 0]
+        missing = None if rows.rate == 1 else rows.missing(inputs.q.device)
+        if missing is None:
+            return real
+        present = (~missing).expand(folded // rows.heads, -1, -1).flatten(0, 1)
+        return present if real is None else real & present
+
+    def tokens(self, x: Tensor, fill: float) -> Tensor:
+        """What belongs to the piece's rows [·, n, ·, X] as tokens [B, T, H, X]."""
+        return self.piece.q.scatter(x, (self.batch, self.piece.segments), fill).flatten(1, 2)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Tokens [B, Sq, H, X] as the piece's rows."""
+        return self.piece.q.gather(self.piece.of_queries(x))
+
+
+def _combine(parts: list[list[_Part]], q: Tensor, v: Tensor, *, detach: bool) -> tuple[Tensor, Tensor]:
+    """Merge the branches; see the definition."""
+    batch, tokens, heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lses = []
+    for branch in parts:
+        rows = [(part, part.lse.transpose(1, 2).unsqueeze(-1)) for part in branch]
+        lses.append(_assemble(rows, q.new_full((batch, tokens, heads, 1), _NEG_INF, dtype=dtype), _NEG_INF))
+    alone = len(parts) == 1
+    weights, total = (None, lses[0]) if alone else merge_weights(torch.stack(lses))
+    out = None
+    for at, branch in enumerate(parts):
+        rows = []
+        for part in branch:
+            if weights is None:
+                rows.append((part, part.out))
+            else:
+                share = part.rows(weights[at].detach() if detach else weights[at])
+                rows.append((part, part.out * share))
+        found = _assemble(rows, q.new_zeros((batch, tokens, heads, v.shape[3]), dtype=dtype), 0.0)
+        out = found if out is None else out + found
+    assert out is not None
+    return out.to(q.dtype), total.squeeze(-1).transpose(1, 2).contiguous()
+
+
+def _assemble(rows: list[tuple[_Part, Tensor]], empty: Tensor, fill: float) -> Tensor:
+    """Put the rows of a branch's pieces where their tokens are; ``empty`` where no piece is."""
+    spans, at = [], 0
+    for part, x in rows:
+        piece = part.piece
+        if at < piece.q_offset:
+            spans.append(empty[:, at : piece.q_offset])
+        spans.append(part.tokens(x, fill))
+        at = piece.q_offset + piece.q_tokens
+    if at < empty.shape[1] or not spans:
+        spans.append(empty[:, at:])
+    return spans[0] if len(spans) == 1 else torch.cat(spans, 1)
