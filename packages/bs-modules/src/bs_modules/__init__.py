@@ -2,6 +2,8 @@
 
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import SparsePatternConfig
+from .distributed import BlockSparseRingDistributedDilatedAttention
+from .distributed_config import DistributedSparseConfig
 from .factory import choose_block_sparse, create_block_sparse_attention, create_multihead_block_sparse
 from .hierarchical import BlockSparseHierarchical, HierarchicalConfig
 from .hilbert import BlockSparseRingDilatedAttentionHilbertPostPattern
@@ -17,7 +19,9 @@ __all__ = [
     "BlockSparseHierarchical",
     "BlockSparseRingDilatedAttention",
     "BlockSparseRingDilatedAttentionHilbertPostPattern",
+    "BlockSparseRingDistributedDilatedAttention",
     "BlockSparseRingMultiheadDilatedAttention",
+    "DistributedSparseConfig",
     "HierarchicalConfig",
     "ProgressiveSparsityScheduler",
     "ReplacementReport",

@@ -12,20 +12,8 @@ import torch
 from torch import Tensor
 
 from .attention import BlockSparseAttention
-from .distributed_config import DistributedSparseConfig
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def config_of(value: DistributedSparseConfig | Mapping[str, Any] | None) -> DistributedSparseConfig:
-    """The config given, or of a mapping of its fields, or the default one."""
-    if value is None:
-        return DistributedSparseConfig()
-    if isinstance(value, Mapping):
-        return DistributedSparseConfig.from_dict(value)
-    if not isinstance(value, DistributedSparseConfig):
-        raise TypeError(f"distributed_config: expected a DistributedSparseConfig or a mapping, got {value!r}")
-    return value
 
 
 def check_attention(attention: Any, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

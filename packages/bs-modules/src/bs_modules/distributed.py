@@ -21,8 +21,9 @@ from bs_comm import ExchangePlan, Placement, RingPeerError, Survivors, compress_
 from bs_comm import regroup as _regroup
 from bs_patterns import BlockLayout
 
+from ._checks import check_flag
 from ._ring_attention import RingAttention, RingCall
-from ._ring_checks import check_attention, check_shards, check_tokens, config_of, four_dims, nothing
+from ._ring_checks import check_attention, check_shards, check_tokens, four_dims, nothing
 from ._ring_session import RingSession, open_sessions, session_of
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention, _half_dtype
 from .config import SparsePatternConfig
@@ -82,8 +83,8 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         attention: The attention to spread, instead of the one that the arguments around this one describe.
         group: A process group or a one-dimensional `DeviceMesh`; `None`: the default group. Assign to `group` to move
             to another.
-        use_memory_pool: Lease the ring's buffers from the process's pool, `bs_memory.default_pool()`, and not from one
-            that goes with the ring.
+        use_memory_pool: As for `BlockSparseRingDilatedAttention`; and the ring leases its buffers from that pool, and
+            not from one that goes with the ring.
         enable_deepspeed_integration: Mark this module as a leaf for ZeRO-3, so that parameters inside it are gathered
             when it is entered, on every rank alike, whatever a rank's shard holds.
         device: As for `BlockSparseRingDilatedAttention`, like the arguments below.
@@ -153,19 +154,15 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         }
         if attention is None:
             kind = BlockSparseHierarchical if isinstance(sparse_config, HierarchicalConfig) else None
-            attention = (kind or BlockSparseRingDilatedAttention)(**inside, device=device, dtype=dtype)
+            attention = (kind or BlockSparseRingDilatedAttention)(
+                **inside, device=device, dtype=dtype, use_memory_pool=use_memory_pool
+            )
         else:
             check_attention(attention, {**inside, "device": device, "dtype": dtype}, _INNER_DEFAULTS)
         self.attention = attention
-        self.distributed_config = config_of(distributed_config)
-        for name, flag in (
-            ("use_memory_pool", use_memory_pool),
-            ("enable_deepspeed_integration", enable_deepspeed_integration),
-        ):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name}: expected True or False, got {flag!r}")
-        self.use_memory_pool = use_memory_pool
-        self.enable_deepspeed_integration = enable_deepspeed_integration
+        self.distributed_config = DistributedSparseConfig.of("distributed_config", distributed_config)
+        self.use_memory_pool = check_flag("use_memory_pool", use_memory_pool)
+        self.enable_deepspeed_integration = check_flag("enable_deepspeed_integration", enable_deepspeed_integration)
         if enable_deepspeed_integration:
             # What deepspeed.utils.set_z3_leaf_modules sets: ZeRO-3 then fetches everything inside at once. Fetching is
             # collective, and a rank without tokens would skip what its peers fetch one by one.

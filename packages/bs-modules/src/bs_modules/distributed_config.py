@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bs_comm import Placement
 
-from .config import check_int, check_names, suggest
+from ._checks import check_flag, check_int, suggest
+from .config import CheckedConfig
 
 PLACEMENTS = ("contiguous", "zigzag", "stripe", "cost_balanced")
 WIRE_DTYPES = ("bfloat16", "float16", "float8_e4m3fn")
@@ -21,7 +19,7 @@ _DEFAULT_RATIO = 0.1
 
 
 @dataclasses.dataclass
-class DistributedSparseConfig:
+class DistributedSparseConfig(CheckedConfig):
     """Placement, wire and upkeep of `BlockSparseRingDistributedDilatedAttention`; the same on every rank.
 
     Assigning to a field checks it at once and takes effect at the next call of the modules that hold the config.
@@ -54,22 +52,18 @@ class DistributedSparseConfig:
     wire_dtype: Any = None
     keep_kv: bool = False
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Checks the fields against one another.
+
+        Raises:
+            ValueError: `compression_ratio` is set and there is no compression.
+        """
+        super().validate()
         if self.compression_ratio != _DEFAULT_RATIO and not self.enable_gradient_compression:
             raise ValueError(
                 f"compression_ratio: has no effect without enable_gradient_compression=True, got "
                 f"{self.compression_ratio!r}"
             )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        check = _CHECKS.get(name)
-        if check is None:
-            raise AttributeError(f"DistributedSparseConfig has no field {name!r}; fields: {', '.join(_CHECKS)}")
-        object.__setattr__(self, name, check(name, value))
-
-    def replace(self, **changes: Any) -> DistributedSparseConfig:
-        """Returns a copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain data (no `None`), which `from_dict` reads back.
@@ -77,39 +71,12 @@ class DistributedSparseConfig:
         Raises:
             TypeError: `placement` is a `Placement`, which has no name to write down.
         """
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {name: value for name in self._checks if (value := getattr(self, name)) is not None}
         if isinstance(self.placement, Placement):
             raise TypeError(f"placement: expected a name to convert to a dict, got {self.placement!r}")
         if self.wire_dtype is not None:
             values["wire_dtype"] = str(self.wire_dtype).removeprefix("torch.")
-        return {name: value for name, value in values.items() if value is not None}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> DistributedSparseConfig:
-        """Builds a config from a mapping.
-
-        Raises:
-            ValueError: An unknown field; the nearest known one is suggested.
-        """
-        check_names(values, list(_CHECKS), "field of DistributedSparseConfig")
-        return cls(**values)
-
-    def to_toml(self) -> str:
-        """Returns the fields as TOML (needs the extra `train`)."""
-        from ._extras import require
-
-        return require("tomli_w").dumps(self.to_dict())
-
-    @classmethod
-    def from_toml(cls, source: str | Path) -> DistributedSparseConfig:
-        """Reads TOML: a `Path` is a file, a `str` is the text itself."""
-        return cls.from_dict(tomllib.loads(source.read_text() if isinstance(source, Path) else source))
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
-    return value
+        return values
 
 
 def _number(name: str, value: Any, expected: str, high: float) -> float:
@@ -141,13 +108,13 @@ def _wire_dtype(name: str, value: Any) -> torch.dtype | None:
     return getattr(torch, str(value).removeprefix("torch."))
 
 
-_CHECKS = {
-    "enable_gradient_compression": _flag,
+DistributedSparseConfig._checks = {
+    "enable_gradient_compression": check_flag,
     "compression_ratio": lambda name, value: _number(name, value, "a number in (0, 1]", 1.0),
     "pattern_update_interval": check_int,
     "load_balance_interval": check_int,
     "placement": _placement,
     "hop_timeout": lambda name, value: _number(name, value, "seconds > 0", math.inf),
     "wire_dtype": _wire_dtype,
-    "keep_kv": _flag,
+    "keep_kv": check_flag,
 }

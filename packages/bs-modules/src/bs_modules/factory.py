@@ -15,6 +15,7 @@ from torch import nn
 from ._checks import check_flag, check_int, suggest
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import SparsePatternConfig
+from .distributed import BlockSparseRingDistributedDilatedAttention
 from .hierarchical import BlockSparseHierarchical, HierarchicalConfig
 from .hilbert import BlockSparseRingDilatedAttentionHilbertPostPattern
 from .multihead import BlockSparseRingMultiheadDilatedAttention
@@ -34,11 +35,18 @@ _VARIANTS: dict[str, _Variant] = {
     "hierarchical": _Variant(BlockSparseHierarchical, HierarchicalConfig),
     "multihead": _Variant(BlockSparseRingMultiheadDilatedAttention),
     "hilbert": _Variant(BlockSparseRingDilatedAttentionHilbertPostPattern),
+    "distributed": _Variant(BlockSparseRingDistributedDilatedAttention),
 }
 _NOT_YET = tuple(name for name in ("adaptive", "distributed", "dilated") if name not in _VARIANTS)
 # The arguments that a config object may come under, and are excluded by its fields given directly.
 _CONFIGS = ("sparse_config", "hierarchical_config")
 _LONG = 50_000  # tokens above which the choice table prefers levels, or a ring
+
+# Variants around another one, and those of their arguments that the other does not get.
+_AROUND: dict[str, list[str]] = {
+    "multihead": list(inspect.signature(nn.MultiheadAttention).parameters),
+    "distributed": ["distributed_config", "group", "enable_deepspeed_integration"],
+}
 
 _logger = logging.getLogger("bs_modules")
 
@@ -67,8 +75,8 @@ def create_block_sparse_attention(
             long sequences. Give 1 where ranks hold different sequences (data parallelism).
         **kwargs: Arguments of the variant's constructor, and fields of its config given directly (`sparsity_ratio` is a
             density: 0.1 keeps 10 % of the blocks). `dilation_rates` here always belong to `segment_lengths`; the rates
-            of a dilated pattern go into `sparse_config`. For `"multihead"`, `attention` may be the name of another
-            variant; see `create_multihead_block_sparse`.
+            of a dilated pattern go into `sparse_config`. For `"multihead"` and `"distributed"`, `attention` may be the
+            name of another variant, which gets the arguments that are its own; see `create_multihead_block_sparse`.
 
     Returns:
         The module.
@@ -83,8 +91,8 @@ def create_block_sparse_attention(
     chosen, reason = _resolve(variant, seq_len, world_size, kwargs)
     if explain:
         _logger.info("variant %r: %s", chosen, reason)
-    if chosen == "multihead" and isinstance(kwargs.get("attention"), str):
-        kwargs = _with_inner(**kwargs)
+    if chosen in _AROUND and isinstance(kwargs.get("attention"), str):
+        kwargs = _with_inner(chosen, **kwargs)
     _check_known(kwargs, _arguments(chosen), repr(chosen))
     module: Any = _VARIANTS[chosen].module(**_gather(chosen, kwargs))
     module.chosen_because = f"{chosen}: {reason}"
@@ -242,22 +250,28 @@ def _gather(variant: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, chosen.config_argument: chosen.config.from_dict(flat)}
 
 
-def _with_inner(attention: str, **given: Any) -> dict[str, Any]:
-    """Arguments of the multihead module, with the named variant made of those that are not its own."""
+def _with_inner(around: str, attention: str, **given: Any) -> dict[str, Any]:
+    """Arguments of the module around, with the named variant made of those that are not its own."""
     if attention == "base":
         return given
     if attention == "multihead":
         raise ValueError("attention: expected a variant without projections of its own, got 'multihead'")
-    outer = list(inspect.signature(nn.MultiheadAttention).parameters)
+    if attention == around:
+        raise ValueError(f"attention: expected a variant to put inside {around!r}, got {attention!r} again")
+    outer = _AROUND[around]
     inner = {name: value for name, value in given.items() if name not in outer}
     try:
         chosen, _ = _resolve(attention, None, None, inner)
     except (ValueError, NotImplementedError) as error:
         raise type(error)(str(error).replace("variant", "attention", 1)) from None
     own = [name for name in _arguments(chosen) if name not in outer]
-    _check_known(inner, [*outer, *own], f"'multihead' around {chosen!r}")
-    shared = {name: given[name] for name in ("num_heads", "dropout", "device") if name in given}
+    _check_known(inner, [*outer, *own], f"{around!r} around {chosen!r}")
+    both = ("num_heads", "dropout", "device") if around == "multihead" else ()
+    shared = {name: given[name] for name in both if name in given}
     if shared.get("dropout") == 1:
         del shared["dropout"]  # the multihead module itself drops everything
     made = create_block_sparse_attention(chosen, **shared, **inner)
-    return {**{name: value for name, value in given.items() if name in outer}, "attention": made}
+    around_it = {name: value for name, value in given.items() if name in outer}
+    if around == "distributed" and "use_memory_pool" in given:
+        around_it["use_memory_pool"] = given["use_memory_pool"]
+    return {**around_it, "attention": made}

@@ -19,6 +19,7 @@ from ._mha_masks import Masks, check_call, check_mask_dtypes, merge
 from ._mha_weights import Appended, append_keys, dense_weights, unit_values
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import SparsePatternConfig
+from .explain import Explanation
 
 _INNER_DEFAULTS: dict[str, Any] = {
     "segment_lengths": None,
@@ -207,6 +208,35 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             AssertionError: As `nn.MultiheadAttention`: ranks, widths, a padding mask or mask dtypes that do not fit.
             RuntimeError: As `nn.MultiheadAttention`: batch sizes, dtypes or an `attn_mask` that do not fit.
         """
+        q, k, v, masks, batched = self._prepared(query, key, value, key_padding_mask, attn_mask, is_causal)
+        weights = None
+        if need_weights and _is_spread(self.attention):
+            raise ValueError(
+                "need_weights: expected False with an attention over several ranks, none of which holds all weights, "
+                "got True (the default)"
+            )
+        if need_weights:
+            attended, weights = self._attend_with_weights(q, k, v, masks)
+        else:
+            attended = self._attend(q, k, v, masks, self._appended(q))
+        out = attended.flatten(2)
+        out = self.out_proj(out if self.batch_first or not batched else out.transpose(0, 1))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out, weights
+
+    def _prepared(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Masks, bool]:
+        """Checked and projected inputs `[N, length, H, D]`, the masks, and whether the inputs were batched."""
         same = (query is key, key is value)
         batched = check_call(
             query,
@@ -228,18 +258,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         if not torch.is_autocast_enabled(q.device.type):
             check_mask_dtypes(q.dtype, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         masks = merge(key_padding_mask, attn_mask, bool(is_causal), self.num_heads, q.shape[1] == k.shape[1])
-        weights = None
-        if need_weights:
-            attended, weights = self._attend_with_weights(q, k, v, masks)
-        else:
-            attended = self._attend(q, k, v, masks, self._appended(q))
-        out = attended.flatten(2)
-        out = self.out_proj(out if self.batch_first or not batched else out.transpose(0, 1))
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(1)
-        if not batched:
-            out, weights = out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return out, weights
+        return q, k, v, masks, batched
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, same: tuple[bool, bool]) -> tuple[Tensor, ...]:
         """Queries, keys and values as `[N, length, H, D]`; equal inputs are projected in one multiplication."""
@@ -279,7 +298,8 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, masks: Masks, appended: Appended) -> Tensor:
         """The attention between the projections, `[N, L, H, Dv]`, over the keys and the appended ones."""
         dropout = self.dropout if self.training else 0.0
-        if _empty(q, k):  # no layout has zero tokens
+        # No layout has zero tokens; an attention over several ranks looks at all of them.
+        if _empty(q, k) and not _is_spread(self.attention):
             out = q.new_zeros(*q.shape[:3], v.shape[-1])
             lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=_wide(q))
         else:
@@ -336,6 +356,25 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         """Builds layout and plan ahead of a compiled call; see `BlockSparseAttention.prepare`."""
         return self.attention.prepare(seq_len, is_causal, self.num_heads)
 
+    def explain(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Explanation:
+        """Says what this call would do between the projections; arguments as for `forward`.
+
+        `need_weights` adds a dense computation of the weights beside it, of L × S per head.
+        """
+        del need_weights, average_attn_weights
+        q, k, v, masks, _ = self._prepared(query, key, value, key_padding_mask, attn_mask, is_causal)
+        return self.attention.explain(q, k, v, masks.causal, **masks.arguments())
+
     def get_pattern_stats(self, seq_len: int | None = None) -> dict[str, Any]:
         """Figures of the layout; see `BlockSparseAttention.get_pattern_stats`."""
         return self.attention.get_pattern_stats(seq_len)
@@ -361,6 +400,11 @@ def _is_static(attention: nn.Module) -> bool:
     """Whether the layout depends on the lengths alone, so that it tells the attention weights."""
     own = BlockSparseAttention._layout_or_plan
     return isinstance(attention, BlockSparseAttention) and type(attention)._layout_or_plan is own
+
+
+def _is_spread(attention: nn.Module) -> bool:
+    """Whether the attention is over the shards of several ranks."""
+    return getattr(attention, "world_size", 1) > 1
 
 
 def _check_dropout(dropout: Any) -> None:
