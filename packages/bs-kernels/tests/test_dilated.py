@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+from bs_kernels import DilatedPlan, dilated, dilated_attention, merge_attention
 from bs_kernels import _dilated_pieces as pieces
-from bs_kernels import dilated, dilated_attention, merge_attention
 from bs_kernels.testing import branch_masks, check_dilated_against_oracle, make_dilated_case
 from bs_kernels.testing.strategies import dilated_cases
 from bs_patterns import BlockLayout, LocalWindow
@@ -308,3 +308,34 @@ def test_autocast_and_strides():
     q, k, v = (x.detach() for x in leaves)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     assert torch.equal(dilated_attention(*strided, [16, 40], [1, 2]), dilated_attention(q, k, v, [16, 40], [1, 2]))
+
+
+@pytest.mark.parametrize("combine", COMBINE)
+def test_compiles_into_one_graph_with_a_plan(combine):
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    case = make_dilated_case([16, 48], [1, 3], seq_len=(50, 50), q_heads=4, kv_heads=2, combine=combine)
+    plan = DilatedPlan.build([16, 48], [1, 3], 50, 4, combine=combine)
+
+    def attend(q, k, v):
+        return dilated_attention(q, k, v, [16, 48], [1, 3], combine=combine, plan=plan)
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    found = []
+    for function in (attend, compiled):
+        leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+        out = function(*leaves)
+        found.append((out, *torch.autograd.grad(out, leaves, case.dout)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert counter.frame_count == 1
+
+
+def test_plans_belong_to_their_call():
+    plan = DilatedPlan.build([4], [2], 8, 2, causal=True)
+    out = dilated_attention(q, q, q, [4], [2], causal=True, plan=plan)
+    assert torch.equal(out, dilated_attention(q, q, q, [4], [2], causal=True))
+    with pytest.raises(ValueError, match="plan: expected one for this call, got DilatedPlan"):
+        dilated_attention(q, q, q, [4], [2], plan=plan)
+    with pytest.raises(TypeError, match="plan: expected a DilatedPlan, got list"):
+        dilated_attention(q, q, q, [4], [2], plan=[])

@@ -2,7 +2,7 @@
 
 from .api import block_sparse_attention, explain_backends
 from .batched import BatchedLayout
-from .dilated import dilated_attention
+from .dilated import DilatedPlan, dilated_attention
 from .dispatch import BackendReport, BackendTable
 from .merge import merge_attention
 from .partial import PartialGradients, attention_delta, partial_backward, partial_forward, sinks_gradient
@@ -15,6 +15,7 @@ __all__ = [
     "BackendReport",
     "BackendTable",
     "BatchedLayout",
+    "DilatedPlan",
     "LayoutPlan",
     "PartialGradients",
     "TokenMask",

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from bs_patterns import BlockLayout
-
 from ._dilated_rows import KeptRows
-from .plan import LayoutPlan
-from .token_mask import TokenMask
 
-__all__ = ["Branch", "Piece", "SegmentLayout", "branches_for_union", "overlap_mask", "pieces_of", "plan_of"]
+__all__ = ["Branch", "Piece", "branches_for_union", "overlap_mask", "pieces_of", "runs_left_out"]
 
-SegmentLayout = Callable[[int], BlockLayout]
-
-#: Rows per block of a dense segment, at most.
-_BLOCK = 128
 #: Below this many rows, blocks are too small to leave out keys by the layout.
 _LEAST_BLOCK = 16
 
@@ -131,7 +121,7 @@ def _overlap(earlier: Branch, branch: Branch) -> int | None:
     return None
 
 
-def _runs_left_out(piece: Piece, earlier: list[Branch]) -> tuple[int, ...] | None:
+def runs_left_out(piece: Piece, earlier: Sequence[Branch]) -> tuple[int, ...] | None:
     """The run lengths of `_overlap` if blocks can leave them out, else None."""
     runs = [_overlap(branch, piece.branch) for branch in earlier]
     found = [run for run in runs if run]
@@ -142,7 +132,7 @@ def _runs_left_out(piece: Piece, earlier: list[Branch]) -> tuple[int, ...] | Non
     return tuple(found)
 
 
-def overlap_mask(piece: Piece, earlier: list[Branch], device: torch.device) -> Tensor | None:
+def overlap_mask(piece: Piece, earlier: Sequence[Branch], device: torch.device) -> Tensor | None:
     """Which pairs no earlier branch has: bool, True = keep; None where the plan leaves the others out by blocks.
 
     Args:
@@ -153,7 +143,7 @@ def overlap_mask(piece: Piece, earlier: list[Branch], device: torch.device) -> T
     Returns:
         [N · H, 1, n, n], or [N, H, T, T] at rate 1.
     """
-    if not earlier or _runs_left_out(piece, earlier) is not None:
+    if not earlier or runs_left_out(piece, earlier) is not None:
         return None
     begins = (piece.segment + torch.arange(piece.segments, device=device)) * piece.branch.length
     q, k = (begins[:, None, None] + rows.indices(device) for rows in (piece.q, piece.kv))  # absolute [N, H, n]
@@ -172,71 +162,3 @@ def _segment_where_kept(positions: Tensor, branch: Branch, nowhere: int) -> Tens
     kept = (positions - segment * branch.length) % branch.rate == offsets
     # Positions may be negative: twice the segment (even, or odd below zero) keeps clear of the two markers.
     return torch.where(kept, segment.abs() * 2 + (segment < 0).to(segment.dtype), nowhere)
-
-
-def plan_of(
-    piece: Piece, earlier: list[Branch], causal: bool, layout: SegmentLayout | None, device: torch.device
-) -> LayoutPlan:
-    """The plan of a piece's rows.
-
-    Args:
-        piece: the piece.
-        earlier: branches whose pairs are left out.
-        causal: mask keys after the query; both are at the same place of their cells, so rows compare as tokens do.
-        layout: makes the layout of a segment from its number of rows; None for dense segments.
-        device: of the plan.
-
-    Raises:
-        TypeError, ValueError: what ``layout`` makes does not fit the segment.
-    """
-    rows = (piece.q.rows, piece.kv.rows)
-    if layout is not None:
-        made = _made_by(layout, piece, causal)
-    else:
-        made = _dense(rows, (piece.q.first, piece.kv.first), _runs_left_out(piece, earlier) or ())
-    mask = TokenMask(causal)
-    return LayoutPlan.build(made, mask, device, q_start=piece.q.first, kv_start=piece.kv.first)
-
-
-@lru_cache(maxsize=256)
-def _dense(rows: tuple[int, int], first: tuple[int, int], runs: tuple[int, ...]) -> BlockLayout:
-    """All blocks, but for those whose query and key rows lie in one run of one of the given lengths."""
-    if runs:
-        size = math.gcd(*runs, *first)
-        block = next(b for b in range(min(size, _BLOCK), 0, -1) if size % b == 0)
-    else:
-        block = min(_BLOCK, -(-max(rows) // 16) * 16)
-    at = [f + np.arange(0, n, block) for f, n in zip(first, rows, strict=True)]
-    active = np.ones((len(at[0]), len(at[1])), np.bool_)
-    for run in runs:
-        active &= (at[0] // run)[:, None] != at[1] // run
-    return BlockLayout.from_dense(active[None], block_size=block, seq_len=rows)
-
-
-def _made_by(layout: SegmentLayout, piece: Piece, causal: bool) -> BlockLayout:
-    """The user's layout for the rows of a segment, cut to the piece's queries."""
-    if piece.kv.first:
-        raise ValueError(
-            "segment_layout: expected keys from the start of their segment on, got keys from index "
-            f"{piece.kv.start} of a segment of {piece.branch.length}"
-        )
-    rows = piece.kv.rows
-    made = layout(rows)
-    if not isinstance(made, BlockLayout):
-        raise TypeError(f"segment_layout: expected it to return a BlockLayout, got {type(made).__name__}")
-    if made.seq_len != (rows, rows):
-        raise ValueError(f"segment_layout: expected a layout of ({rows}, {rows}) rows, got {made.seq_len}")
-    if made.shape[0] != 1:
-        raise ValueError(f"segment_layout: expected one layout for all heads, got {made.shape[0]} heads")
-    first, last = piece.q.first, piece.q.first + piece.q.rows
-    if made.causal and not causal:
-        raise ValueError("segment_layout: expected layouts that are not causal without causal=True, got a causal one")
-    if first == 0 and last == rows:
-        return made
-    if last > rows:
-        raise ValueError(
-            f"segment_layout: expected queries among the {rows} rows of the segment's keys, got rows {first} to {last}"
-        )
-    # The plan masks by position; a causal layout would drop keys with the rows that are cut away.
-    plain = BlockLayout(made.block_size, made.seq_len, made.indptr, made.indices, False)
-    return plain.rows_at(first, last)

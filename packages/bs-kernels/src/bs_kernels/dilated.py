@@ -26,26 +26,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from ._arguments import check_flag, check_operands, check_padding, check_scale, check_segments, make_call
-from ._dilated_pieces import Branch, Piece, SegmentLayout, branches_for_union, overlap_mask, pieces_of, plan_of
+from ._dilated_pieces import overlap_mask
+from ._dilated_plan import COMBINE, DilatedPlan, PlannedPiece, Question, SegmentLayout, ask
 from .api import gradient_flags
 from .dispatch import get_backend
 from .merge import merge_weights
 from .op import run_forward
 from .plan import LayoutPlan
 
-__all__ = ["COMBINE", "dilated_attention"]
-
-COMBINE = ("softmax", "longnet", "union")
+__all__ = ["COMBINE", "DilatedPlan", "dilated_attention"]
 
 Combine = Literal["softmax", "longnet", "union"]
 SegmentIds = Tensor | tuple[Tensor, Tensor] | None
 
-_LIMIT = 2**30
 _NEG_INF = float("-inf")
 
 
@@ -68,6 +66,7 @@ def dilated_attention(
     return_lse: Literal[False] = ...,
     deterministic: bool = ...,
     backend: str = ...,
+    plan: DilatedPlan | None = ...,
 ) -> Tensor: ...
 
 
@@ -90,6 +89,7 @@ def dilated_attention(
     return_lse: Literal[True],
     deterministic: bool = ...,
     backend: str = ...,
+    plan: DilatedPlan | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -111,6 +111,7 @@ def dilated_attention(
     return_lse: bool = False,
     deterministic: bool = True,
     backend: str = "auto",
+    plan: DilatedPlan | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact LongNet attention: the definition at the top of `bs_kernels.dilated`, at token granularity.
 
@@ -142,6 +143,7 @@ def dilated_attention(
         return_lse: also return the log-sum-exp ("longnet": its gradient is not cut off).
         deterministic: as in `block_sparse_attention`.
         backend: as in `block_sparse_attention`.
+        plan: from `DilatedPlan.build` with the same arguments; needed under ``torch.compile(fullgraph=True)`` only.
 
     Returns:
         ``out`` [B, Sq, Hq, Dv] in q's dtype, or ``(out, lse)`` with lse [B, Hq, Sq] in float32 (float64 for float64
@@ -155,69 +157,39 @@ def dilated_attention(
         Ding et al., "LongNet: Scaling Transformers to 1,000,000,000 Tokens", 2023.
     """
     q, k, v = check_operands(q, k, v, paged=False)
-    branches = _branches(segment_lengths, dilation_rates)
-    _check_choices(combine, causal, return_lse, segment_layout, backend)
-    kv_start = _position("kv_start", kv_start)
-    q_start = kv_start + k.shape[1] - q.shape[1] if q_start is None else _position("q_start", q_start)
-    ranges = ((q_start, q_start + q.shape[1]), (kv_start, kv_start + k.shape[1]))
-    if combine == "union":
-        longest = max(ranges[0][1], ranges[1][1]) if min(q_start, kv_start) >= 0 else _LIMIT
-        branches = branches_for_union(branches, longest)
-    inputs = _Inputs(q, k, v, key_padding_mask, segment_ids, causal, segment_layout, scale, deterministic, backend)
-    parts = []
-    for at, branch in enumerate(branches):
-        earlier = branches[:at] if combine == "union" else []
-        parts.append([_Part(piece, inputs, earlier) for piece in pieces_of(branch, *ranges, q.shape[2])])
+    check_flag("return_lse", return_lse)
+    if backend != "auto":
+        get_backend(backend)
+    asked = ask(
+        segment_lengths,
+        dilation_rates,
+        (q.shape[1], k.shape[1]),
+        q.shape[2],
+        causal=causal,
+        combine=combine,
+        segment_layout=segment_layout,
+        q_start=q_start,
+        kv_start=kv_start,
+        device=q.device,
+    )
+    if plan is None:
+        plan = _plan_outside_graph(asked) if torch.compiler.is_compiling() else DilatedPlan.answer(asked)
+    elif not isinstance(plan, DilatedPlan):
+        raise TypeError(f"plan: expected a DilatedPlan, got {type(plan).__name__}")
+    elif plan.question != asked:
+        raise ValueError(f"plan: expected one for this call, got {plan}")
+    inputs = _Inputs(q, k, v, key_padding_mask, segment_ids, scale, deterministic, backend)
+    parts = [[_Part(planned, inputs) for planned in branch] for branch in plan.branches]
     out, lse = _combine(parts, q, v, detach=combine == "longnet")
     if not any(parts):  # no query meets a key: connect the zeros to the inputs, as an attention call would
         out = torch.where(out == 0, out, q.sum() + k.sum() + v.sum())
     return (out, lse) if return_lse else out
 
 
-def _branches(lengths: Any, rates: Any) -> list[Branch]:
-    checked = [_integers(name, value) for name, value in (("segment_lengths", lengths), ("dilation_rates", rates))]
-    if len(checked[0]) != len(checked[1]):
-        raise ValueError(
-            f"dilation_rates: expected one rate per segment length, got {len(checked[1])} rates for "
-            f"{len(checked[0])} lengths"
-        )
-    return [Branch(length, rate) for length, rate in zip(*checked, strict=True)]
-
-
-def _integers(name: str, values: Any) -> list[int]:
-    if isinstance(values, (str, bytes, Tensor)) or not isinstance(values, Sequence | np.ndarray):
-        raise TypeError(f"{name}: expected a sequence of integers ≥ 1, got {values!r}")
-    if len(values) == 0:
-        raise ValueError(f"{name}: expected at least one integer, got an empty sequence")
-    for at, value in enumerate(values):
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name}[{at}]: expected an integer ≥ 1, got {value!r}")
-        if not 1 <= value <= _LIMIT:
-            raise ValueError(f"{name}[{at}]: expected an integer from 1 to {_LIMIT}, got {value}")
-    return [int(value) for value in values]
-
-
-def _position(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: expected an integer position, got {value!r}")
-    if abs(value) > _LIMIT:
-        raise ValueError(f"{name}: expected a position within ±{_LIMIT}, got {value}")
-    return int(value)
-
-
-def _check_choices(combine: Any, causal: Any, return_lse: Any, layout: Any, backend: str) -> None:
-    if not isinstance(combine, str):
-        raise TypeError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
-    if combine not in COMBINE:
-        raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
-    check_flag("causal", causal)
-    check_flag("return_lse", return_lse)
-    if layout is not None and not callable(layout):
-        raise TypeError(f"segment_layout: expected a function of the number of rows, got {type(layout).__name__}")
-    if layout is not None and combine == "union":
-        raise ValueError("combine: expected 'softmax' or 'longnet' with segment_layout, got 'union'")
-    if backend != "auto":
-        get_backend(backend)
+# For compiled code only: its first call imports the compiler, which eager users never wait for.
+@_disable_dynamo
+def _plan_outside_graph(asked: Question) -> DilatedPlan:
+    return DilatedPlan.answer(asked)
 
 
 class _Inputs:
@@ -230,14 +202,12 @@ class _Inputs:
         v: Tensor,
         padding: Any,
         segment_ids: Any,
-        causal: bool,
-        layout: SegmentLayout | None,
         scale: Any,
         deterministic: Any,
         backend: str,
     ) -> None:
         self.q, self.k, self.v = q, k, v
-        self.causal, self.layout, self.backend = causal, layout, backend
+        self.backend = backend
         self.scale, self.deterministic = check_scale(scale, q), deterministic
         check_flag("deterministic", deterministic)
         self.padding = check_padding(padding, q, k.shape[1])
@@ -247,11 +217,9 @@ class _Inputs:
 class _Part:
     """One piece of a branch, computed: its output and LSE as the backend gives them."""
 
-    def __init__(self, piece: Piece, inputs: _Inputs, earlier: list[Branch]) -> None:
-        self.piece, self.batch = piece, inputs.q.shape[0]
-        device = inputs.q.device
-        plan = plan_of(piece, earlier, inputs.causal, inputs.layout, device)
-        keep = overlap_mask(piece, earlier, device) if self.batch else None
+    def __init__(self, planned: PlannedPiece, inputs: _Inputs) -> None:
+        self.piece, plan, self.batch = planned.piece, planned.plan, inputs.q.shape[0]
+        keep = overlap_mask(self.piece, planned.earlier, inputs.q.device) if self.batch else None
         if keep is None or self.batch == 1:
             self.out, self.lse = self._attend(inputs, slice(None), plan, keep)
             return
