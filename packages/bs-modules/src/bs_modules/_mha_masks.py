@@ -63,7 +63,7 @@ def check_call(
         warnings.warn(
             f"key_padding_mask and attn_mask: mixing {key_padding_mask.dtype} and {attn_mask.dtype} is deprecated, as "
             "in nn.MultiheadAttention; use the same dtype for both",
-            stacklevel=3,
+            stacklevel=4,
         )
     if query.is_nested or key.is_nested or value.is_nested:
         raise AssertionError(

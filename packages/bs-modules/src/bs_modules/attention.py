@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from bs_kernels import LayoutPlan, block_sparse_attention
+from bs_kernels import LayoutPlan, block_sparse_attention, explain_backends
 from bs_memory import default_pool
 from bs_patterns import BlockLayout, LongNetSegments
 
 from ._checks import check_flag, check_int, check_int_list
 from .config import CheckedConfig, SparsePatternConfig
+from .explain import Explanation, explain_call
 
 _LAYOUTS_KEPT = 16
 _DEFAULT_SEQ_LEN = 8192
@@ -236,8 +237,9 @@ class BlockSparseAttention(nn.Module):
         """
         self._check_inputs(q, k, v)
         self._last_call = (q.shape[1], bool(is_causal))
-        layout = self._layout_or_plan(q, k, bool(is_causal))
+        layout, block_bias = self._layout_and_bias(q, k, bool(is_causal), key_padding_mask, segment_ids)
         arguments: dict[str, Any] = {
+            "block_bias": block_bias,
             "key_padding_mask": key_padding_mask,
             "segment_ids": segment_ids,
             "attn_bias": attn_bias,
@@ -263,6 +265,61 @@ class BlockSparseAttention(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             return x.to(dtype)
         return leases.enter_context(default_pool().lease(tuple(x.shape), dtype, x.device)).copy_(x)
+
+    def explain(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_causal: bool = False,
+        *,
+        key_padding_mask: Tensor | None = None,
+        segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        attn_bias: Tensor | None = None,
+    ) -> Explanation:
+        """Says what this very call would do, without doing it: layout, plan, backend, and why that one.
+
+        Args:
+            q: As for `forward`, like every argument; whether a gradient is needed counts too.
+            k: See there.
+            v: See there.
+            is_causal: See there.
+            key_padding_mask: See there.
+            segment_ids: See there.
+            attn_bias: See there.
+
+        Returns:
+            The explanation; `print` shows it with a picture of the layout.
+
+        Raises:
+            TypeError, ValueError: As `forward`.
+        """
+        self._check_inputs(q, k, v)
+        made, block_bias = self._layout_and_bias(q, k, bool(is_causal), key_padding_mask, segment_ids)
+        if self.mixed_precision:
+            q, k, v = (x.to(_half_dtype(x.device)) for x in (q, k, v))
+        plan = LayoutPlan.build(made, None, q.device, order=self.order) if isinstance(made, BlockLayout) else made
+        table = explain_backends(
+            q,
+            k,
+            v,
+            plan,
+            block_bias=block_bias,
+            key_padding_mask=key_padding_mask,
+            segment_ids=segment_ids,
+            attn_bias=attn_bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            deterministic=self.deterministic,
+        )
+        return explain_call(self, made, plan, table)
+
+    def _layout_and_bias(
+        self, q: Tensor, k: Tensor, is_causal: bool, key_padding_mask: Tensor | None, segment_ids: Any
+    ) -> tuple[Any, Tensor | None]:
+        """What this call attends to, and its `block_bias`: what a variant that reads its input overrides."""
+        del key_padding_mask, segment_ids  # a layout that depends on lengths alone has no use for them
+        return self._layout_or_plan(q, k, is_causal), None
 
     def _layout_or_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> Any:
         lengths, heads = (q.shape[1], k.shape[1]), q.shape[2]
