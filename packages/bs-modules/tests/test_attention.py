@@ -414,3 +414,12 @@ def test_replicas_of_data_parallel_share_what_is_built_and_agree():
         outs = list(pool.map(lambda pair: pair[0](*pair[1], is_causal=True), zip(replicas, tensors, strict=True)))
     assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
     assert torch.equal(nn.DataParallel(module)(*tensors[0], is_causal=True), expected[0])
+
+
+def test_one_graph_serves_another_head_dim():
+    module = BlockSparseRingDilatedAttention(sparse_config=SparsePatternConfig(sparsity_ratio=0.3, block_size=16))
+    module.prepare(100)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for dim in (16, 8, 24):  # from the second on, torch.compile takes the size for a variable
+        q, k, v = inputs(100, dim=dim)
+        torch.testing.assert_close(compiled(q, k, v), module(q, k, v))

@@ -18,6 +18,8 @@ from .token_mask import TokenMask
 
 __all__ = [
     "AttentionArguments",
+    "check_attn_bias",
+    "check_dropout",
     "check_flag",
     "check_operands",
     "check_padding",
@@ -210,7 +212,8 @@ def check_segments(ids: Any, q: Tensor, lengths: tuple[int, int]) -> tuple[Tenso
     return checked[0], checked[1]
 
 
-def _attn_bias(bias: Any, q: Tensor, lengths: tuple[int, int]) -> Tensor | None:
+def check_attn_bias(bias: Any, q: Tensor, lengths: tuple[int, int]) -> Tensor | None:
+    """Check ``attn_bias`` and give it four dimensions."""
     if bias is None:
         return None
     bias = _tensor("attn_bias", bias)
@@ -268,7 +271,9 @@ def _number(name: str, value: Any) -> float:
 
 def check_scale(scale: Any, q: Tensor) -> float:
     """The factor of q · k; None for 1/√D."""
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else _number("scale", scale)
+    if scale is None:
+        return 1 / math.sqrt(q.shape[3])
+    scale = _number("scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     return scale
@@ -280,7 +285,8 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a bool, got {value!r}")
 
 
-def _dropout(p: Any, seed: Any, device: torch.device) -> tuple[float, Tensor | None]:
+def check_dropout(p: Any, seed: Any, device: torch.device) -> tuple[float, Tensor | None]:
+    """Check ``dropout_p`` and ``dropout_seed``; without a seed, one is drawn from torch's generator."""
     p = _number("dropout_p", p)
     if not 0 <= p < 1:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {p}")
@@ -332,7 +338,7 @@ def make_call(
     _check_sizes(q, k, plan, page_table)
     scale = check_scale(scale, q)
     check_flag("deterministic", deterministic)
-    p, seed = _dropout(dropout_p, dropout_seed, q.device)
+    p, seed = check_dropout(dropout_p, dropout_seed, q.device)
     q_segments, kv_segments = check_segments(segment_ids, q, plan.seq_len)
     return Call(
         q=q,
@@ -343,7 +349,7 @@ def make_call(
         key_padding_mask=check_padding(key_padding_mask, q, plan.seq_len[1]),
         q_segments=q_segments,
         kv_segments=kv_segments,
-        attn_bias=_attn_bias(attn_bias, q, plan.seq_len),
+        attn_bias=check_attn_bias(attn_bias, q, plan.seq_len),
         block_bias=_block_bias(block_bias, q, layout, plan),
         sinks=_sinks(sinks, q),
         page_table=page_table,
