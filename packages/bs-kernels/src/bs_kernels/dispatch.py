@@ -10,14 +10,15 @@ from .backends.base import Backend, Problem
 from .backends.native import NativeBackend
 from .backends.reference import ReferenceBackend
 from .backends.torch_blocks import TorchBackend
+from .backends.triton import TritonBackend
 
 __all__ = ["BACKENDS", "PLANNED", "BackendReport", "BackendTable", "explain", "get_backend", "select"]
 
 #: Every backend, in the order in which ``backend="auto"`` tries them. To add one: implement `Backend`, list it here.
-BACKENDS: tuple[Backend, ...] = (NativeBackend(), TorchBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (NativeBackend(), TritonBackend(), TorchBackend(), ReferenceBackend())
 
 #: Backends that users may know of and that this version does not have.
-PLANNED = ("triton", "flex", "flash")
+PLANNED = ("flex", "flash")
 
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
@@ -86,11 +87,20 @@ def select(name: str, problem: Problem) -> Backend:
         ValueError: the named backend cannot compute the problem; the message lists its reasons.
     """
     if name == "auto":
-        return next(backend for backend in BACKENDS if not backend.not_supported_reasons(problem))
+        return next(
+            backend
+            for backend in BACKENDS
+            if not backend.not_supported_reasons(problem) and not _is_for_checking(backend, problem)
+        )
     backend = get_backend(name)
     if reasons := backend.not_supported_reasons(problem):
         raise ValueError(f"backend: {name!r} cannot compute this: {'; '.join(reasons)}")
     return backend
+
+
+def _is_for_checking(backend: Backend, problem: Problem) -> bool:
+    """Whether a backend runs here only when it is named: Triton on a CPU is an interpreter."""
+    return backend.name == "triton" and problem.device == "cpu"
 
 
 def explain(problem: Problem) -> BackendTable:
