@@ -12,7 +12,9 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from ._adaptive_config import AdaptiveConfig
 from ._checks import check_flag, check_int, suggest
+from .adaptive import BlockSparseAdaptive
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import SparsePatternConfig
 from .distributed import BlockSparseRingDistributedDilatedAttention
@@ -33,13 +35,14 @@ class _Variant:
 _VARIANTS: dict[str, _Variant] = {
     "base": _Variant(BlockSparseRingDilatedAttention),
     "hierarchical": _Variant(BlockSparseHierarchical, HierarchicalConfig),
+    "adaptive": _Variant(BlockSparseAdaptive, AdaptiveConfig),
     "multihead": _Variant(BlockSparseRingMultiheadDilatedAttention),
     "hilbert": _Variant(BlockSparseRingDilatedAttentionHilbertPostPattern),
     "distributed": _Variant(BlockSparseRingDistributedDilatedAttention),
 }
 _NOT_YET = tuple(name for name in ("adaptive", "distributed", "dilated") if name not in _VARIANTS)
 # The arguments that a config object may come under, and are excluded by its fields given directly.
-_CONFIGS = ("sparse_config", "hierarchical_config")
+_CONFIGS = ("sparse_config", "hierarchical_config", "adaptive_config")
 _LONG = 50_000  # tokens above which the choice table prefers levels, or a ring
 
 # Variants around another one, and those of their arguments that the other does not get.
@@ -268,6 +271,9 @@ def _with_inner(around: str, attention: str, **given: Any) -> dict[str, Any]:
     _check_known(inner, [*outer, *own], f"{around!r} around {chosen!r}")
     both = ("num_heads", "dropout", "device") if around == "multihead" else ()
     shared = {name: given[name] for name in both if name in given}
+    width, heads = given.get("embed_dim"), given.get("num_heads")
+    if around == "multihead" and "head_dim" in own and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        shared["head_dim"] = max(width // heads, 1)  # so that a gate has its parameters before the first call
     if shared.get("dropout") == 1:
         del shared["dropout"]  # the multihead module itself drops everything
     made = create_block_sparse_attention(chosen, **shared, **inner)

@@ -27,17 +27,19 @@ _HIERARCHICAL: dict[str, dict[str, Any]] = {
     "hierarchical_fine": _levels((1, 128, 32), (4, 512, 32), (16, 2048, 32), (64, -1, 32)),
     "hierarchical_long": _levels((1, 256, 64), (4, 1024, 64), (16, 4096, 64), (64, -1, 64)),
 }
+_ADAPTIVE: dict[str, Any] = {"base_sparsity": 0.9, "block_size": 64}
 _PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: ("base", fields) for name, fields in _FIXED.items()},
     **{name: ("hierarchical", fields) for name, fields in _HIERARCHICAL.items()},
+    "adaptive_standard": ("adaptive", _ADAPTIVE),
     **{f"hilbert_{name}": ("hilbert", fields) for name, fields in _FIXED.items()},
     **{f"multihead_{name}": ("multihead", fields) for name, fields in _FIXED.items()},
     **{
         f"multihead_{name}": ("multihead", {"attention": "hierarchical", **fields})
         for name, fields in _HIERARCHICAL.items()
     },
+    "multihead_adaptive_standard": ("multihead", {"attention": "adaptive", **_ADAPTIVE}),
 }
-_NOT_YET = ("adaptive_standard",)
 
 
 def get_block_sparse_preset(
@@ -62,19 +64,15 @@ def get_block_sparse_preset(
         | `hierarchical_standard` | 0.2354 / 0.2471 | 0.1085 / 0.1119 | 0.0742 / 0.0751 |
         | `hierarchical_fine`    | 0.1409 / 0.1475 | 0.0498 / 0.0517 | 0.0244 / 0.0248 |
         | `hierarchical_long`    | 0.2354 / 0.2471 | 0.0821 / 0.0857 | 0.0330 / 0.0339 |
+        | `adaptive_standard`    | 0.1001 / 0.1000 | 0.1000 / 0.1000 | 0.1000 / 0.1000 |
 
     Raises:
         ValueError: An unknown name; the nearest is suggested.
-        NotImplementedError: A preset of a variant that this version does not have yet.
     """
     if not isinstance(name, str):
         raise TypeError(f"name: expected the name of a preset, got {name!r}")
-    if name in _NOT_YET:
-        raise NotImplementedError(
-            f"name: the preset {name!r} is part of the design and not of this version; available: {', '.join(_PRESETS)}"
-        )
     if name not in _PRESETS:
-        near = suggest(name, [*_PRESETS, *_NOT_YET])
+        near = suggest(name, list(_PRESETS))
         raise ValueError(f"name: expected one of {', '.join(_PRESETS)}, got {name!r}{near}")
     variant, arguments = _PRESETS[name]
     return create_block_sparse_attention(variant, **{**arguments, **overrides})

@@ -1,0 +1,95 @@
+"""What teaches a scorer beside the task: the true attention mass of blocks.
+
+B batch, S queries or keys, H query heads, G key heads, D head dim, KB key blocks, R query blocks drawn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._gate_room import Room
+
+
+def distillation_loss(
+    q: Tensor,
+    k: Tensor,
+    logits: Tensor,
+    room: Room,
+    blocks: tuple[int, int],
+    causal: bool,
+    scale: float | None,
+    rows: int,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """How far the scorer's softmax over the blocks it reads is from the mass that dense attention gives them.
+
+    Σⱼ mⱼ (log(mⱼ / Σ m) − log pⱼ), the mean over batch, heads and some query blocks drawn anew: a Kullback-Leibler
+    divergence, weighted by the mass that lies outside the blocks that are kept anyway. The masses are a target, without
+    gradient. Dense in those rows: R · query block × Sk scores per head.
+
+    Args:
+        q: `[B, Sq, H, D]`.
+        k: `[B, Sk, G, D]`.
+        logits: `[B, H or 1, QB, KB]`, without noise; −inf where the gate does not read.
+        room: Of the same lengths.
+        blocks: `(query, key)` tokens per block.
+        causal: Whether keys after the query are masked.
+        scale: Multiplies q · k; `None` is `D ** -0.5`.
+        rows: R; all query blocks where there are fewer.
+        key_padding_mask: bool `[B, Sk]`, True = a real token.
+    """
+    drawn = torch.randperm(logits.shape[2], device=q.device)[:rows]
+    readable = room.readable[:, drawn]
+    with torch.no_grad():
+        mass = block_mass(q, k, drawn, blocks, causal, scale or q.shape[-1] ** -0.5, key_padding_mask)
+        if logits.shape[1] == 1:
+            mass = mass.mean(1, keepdim=True)
+        mass = torch.where(readable, mass, 0).to(logits.dtype)
+        share = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
+        entropy = torch.xlogy(mass, share).sum(-1)
+    # A row without readable blocks has mass 0 and would have log p = nan.
+    chosen = torch.where(readable.any(-1, keepdim=True), logits[:, :, drawn], 0)
+    log_p = torch.where(readable, chosen.log_softmax(-1), 0)
+    return (entropy - (mass * log_p).sum(-1)).mean()
+
+
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    rows: Tensor,
+    blocks: tuple[int, int],
+    causal: bool,
+    scale: float,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """The true attention mass of every key block, for some query blocks: what a scorer should rank by.
+
+    Args:
+        q: `[B, Sq, H, D]`.
+        k: `[B, Sk, G, D]`.
+        rows: int64 `[R]`, query blocks.
+        blocks: `(query, key)` tokens per block.
+        causal: Whether keys after the query are masked.
+        scale: Multiplies q · k.
+        key_padding_mask: bool `[B, Sk]`, True = a real token.
+
+    Returns:
+        `[B, H, R, KB]`, each row's softmax over all visible keys summed per block, mean over the block's queries.
+    """
+    size, width = blocks
+    token = (rows[:, None] * size + torch.arange(size, device=rows.device)).flatten()
+    inside = token < q.shape[1]
+    token = token.clamp(max=q.shape[1] - 1)
+    queries = q[:, token].transpose(1, 2).float()
+    keys = k.transpose(1, 2).float().repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+    scores = queries @ keys.transpose(-1, -2) * scale
+    if causal:
+        visible = torch.arange(k.shape[1], device=k.device) <= (token + k.shape[1] - q.shape[1])[:, None]
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(~key_padding_mask[:, None, None], torch.finfo(scores.dtype).min)
+    mass = F.pad(scores.softmax(-1), (0, -k.shape[1] % width)).unflatten(-1, (-1, width)).sum(-1)
+    mass = (mass * inside[:, None]).unflatten(2, (-1, size))
+    return mass.sum(3) / inside.view(-1, size).sum(-1)[:, None].clamp(min=1)

@@ -1,0 +1,251 @@
+"""Scores of (query block, key block) pairs from what pooling leaves of the blocks.
+
+B batch, S queries or keys, H query heads, G key heads, D head dim, QB query blocks, KB key blocks, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import UninitializedParameter
+
+_RANK = 32  # width of the embeddings whose product corrects the similarity
+
+
+def pool_keys(k: Tensor, block: int, padding: Tensor | None, extremes: bool) -> Tensor:
+    """Mean, and with `extremes` maximum and minimum, of every key block over its real tokens.
+
+    Args:
+        k: `[B, S, G, D]`.
+        block: Tokens per block; the last one may be short.
+        padding: bool `[B, S]`, True = a real token.
+        extremes: Whether to take maximum and minimum.
+
+    Returns:
+        `[B, G, KB, P, D]` with P = 1 or 3; 0 for a block without real tokens.
+    """
+    batch, length = k.shape[:2]
+    short = -length % block
+    if padding is None and not short:
+        tiles = k.unflatten(1, (-1, block))
+        parts = [tiles.mean(2)] + ([tiles.amax(2), tiles.amin(2)] if extremes else [])
+        return torch.stack(parts, dim=-2).transpose(1, 2)
+    real = torch.ones(batch, length, dtype=torch.bool, device=k.device) if padding is None else padding
+    real = F.pad(real, (0, short)).view(batch, -1, block, 1, 1)
+    tiles = F.pad(k, (0, 0, 0, 0, 0, short)).unflatten(1, (-1, block))
+    count = real.sum(2)
+    parts = [torch.where(real, tiles, 0).sum(2) / count.clamp(min=1)]
+    if extremes:
+        low, high = torch.finfo(k.dtype).min, torch.finfo(k.dtype).max
+        parts += [torch.where(real, tiles, low).amax(2), torch.where(real, tiles, high).amin(2)]
+        parts = [torch.where(count > 0, part, 0) for part in parts]
+    return torch.stack(parts, dim=-2).transpose(1, 2)
+
+
+def pool_queries(q: Tensor, block: int, causal: bool, extremes: bool) -> Tensor:
+    """The same of every query block. Of a causal one, over the `block` queries that end with its first.
+
+    So a causal block's summary reads nothing after its first position, and a block of one query is that query.
+    """
+    if block == 1:
+        return q.transpose(1, 2).unsqueeze(-2)
+    if not causal:
+        return pool_keys(q, block, None, extremes)
+    blocks = -(-q.shape[1] // block)
+    before = block - 1
+    window = F.pad(q[:, : (blocks - 1) * block + 1], (0, 0, 0, 0, before, 0))
+    if blocks == 1:
+        return pool_keys(window[:, before:], block, None, extremes)
+    # Only the first window is cut short, to the first query alone.
+    rest = pool_keys(window[:, block:], block, None, extremes)
+    head = q[:, 0].unsqueeze(2).unsqueeze(-2).expand(-1, -1, 1, 3 if extremes else 1, -1)
+    return torch.cat((head, rest), dim=2)
+
+
+class ImportanceScorer(nn.Module):
+    """Scores every (query block, key block) pair: a similarity of pooled queries and keys, and a learned correction.
+
+    With q̄ the mean query, k̄, k⁺ and k⁻ the mean, largest and smallest keys of a block, the score is::
+
+        gain₁ · scale · q̄·k̄  +  gain₂ · scale · (relu(q̄)·k⁺ − relu(−q̄)·k⁻)  +  f(q)·g(k)  +  slope · log2(1 + distance)
+
+    The second term bounds every q̄·k in the block from above. f and g are perceptrons over what pooling leaves of a
+    block, normalised; f ends in zeros, so that training starts from the similarities. All terms but the last are one
+    matrix product, whose cost is query blocks × key blocks × (3 D + R).
+
+    Args:
+        num_heads: Query heads; `None` reads them from the first input.
+        head_dim: Width of queries and keys; `None` reads it from the first input.
+        num_kv_heads: Key heads; `None`: those of the first input, or `num_heads` where that and `head_dim` are given.
+        hidden_dim: Width of the hidden layers.
+        num_layers: Linear layers of f and of g.
+        share_across_heads: One scorer over the mean of the heads.
+        pooling: `"mean_max"`, `"mean"` or `"max"`.
+        query_block_size: Tokens per query block; blocks of one have nothing to pool.
+        density: Where a learned density starts: `threshold` is then a parameter per head, the normal quantile that
+            standardised scores exceed with this probability. `None`: there is no threshold.
+        scale: As for the attention; `None` is `head_dim ** -0.5`.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Source: the bound: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", 2024.
+    """
+
+    def __init__(
+        self,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        hidden_dim: int = 128,
+        num_layers: int = 2,
+        share_across_heads: bool = False,
+        pooling: str = "mean_max",
+        query_block_size: int = 64,
+        density: float | None = None,
+        scale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_dim, self.num_layers = hidden_dim, num_layers
+        self.share_across_heads, self.pooling, self.query_block_size = share_across_heads, pooling, query_block_size
+        self.scale, self._density = scale, density
+        self.gain: Tensor
+        self.slope: Tensor
+        self.threshold: Tensor | None
+        self.register_parameter("threshold", None)
+        for name in self._names():
+            # Its arguments come by a metaclass, which type checkers do not follow.
+            made: Any = UninitializedParameter
+            self.register_parameter(name, made(device=device, dtype=dtype))
+        self._made_for: tuple[int, int, int] | None = None
+        if num_heads is not None and head_dim is not None:
+            self.initialize(num_heads, num_kv_heads or num_heads, head_dim)
+
+    def _names(self) -> list[str]:
+        layers = [f"{side}_{kind}_{i}" for side in "qk" for i in range(self.num_layers) for kind in ("weight", "bias")]
+        return [*layers, "gain", "slope", *(["threshold"] if self._density is not None else [])]
+
+    @property
+    def extremes(self) -> bool:
+        """Whether the scorer reads the largest and smallest keys."""
+        return self.pooling != "mean"
+
+    def initialize(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        """Makes the parameters, once; later calls check that the inputs still fit."""
+        made = (1, 1, head_dim) if self.share_across_heads else (num_heads, num_kv_heads, head_dim)
+        if self._made_for is not None:
+            if made != self._made_for:
+                raise ValueError(
+                    f"q, k: expected (query heads, key heads, head_dim) {self._made_for} as the scorer was made for, "
+                    f"got {made}"
+                )
+            return
+        for name, shape in self._shapes(*made).items():
+            parameter: Any = self.get_parameter(name)
+            parameter.materialize(shape)
+        self._made_for = made
+        self.reset_parameters()
+
+    def _shapes(self, heads: int, kv_heads: int, dim: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {"gain": (heads, 2), "slope": (heads,)}
+        if self._density is not None:
+            shapes["threshold"] = (heads,)
+        parts = {"q": 1 if self.query_block_size == 1 else self._parts, "k": self._parts}
+        for side, count in (("q", heads), ("k", kv_heads)):
+            widths = [parts[side] * dim, *[self.hidden_dim] * (self.num_layers - 1), _RANK]
+            for i, (width, out) in enumerate(pairwise(widths)):
+                shapes[f"{side}_weight_{i}"] = (count, width, out)
+                shapes[f"{side}_bias_{i}"] = (count, 1, out)
+        return shapes
+
+    @property
+    def _parts(self) -> int:
+        return 3 if self.extremes else 1
+
+    def reset_parameters(self) -> None:
+        """Draws the layers anew (uniformly, as `nn.Linear`), and starts from the similarities alone."""
+        for name in self._names():
+            parameter = getattr(self, name)
+            if "weight" in name:
+                bound = 1 / math.sqrt(parameter.shape[1])
+                nn.init.uniform_(parameter, -bound, bound)
+            else:
+                nn.init.zeros_(parameter)
+        nn.init.zeros_(getattr(self, f"q_weight_{self.num_layers - 1}"))
+        nn.init.ones_(self.gain)
+        if self.threshold is not None and self._density is not None:
+            share = min(max(1 - self._density, 1e-6), 1 - 1e-6)
+            nn.init.constant_(self.threshold, torch.special.ndtri(torch.tensor(share)).item())
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        block_size: int,
+        is_causal: bool,
+        distance: Tensor,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Scores of all pairs.
+
+        Args:
+            q: `[B, Sq, H, D]`.
+            k: `[B, Sk, G, D]`.
+            block_size: Tokens per key block.
+            is_causal: Whether a query block's summary may read only up to its first query.
+            distance: `[QB, KB]`, from the room.
+            key_padding_mask: bool `[B, Sk]`, True = a real token; others are not pooled.
+
+        Returns:
+            `[B, H, QB, KB]`, or `[B, 1, QB, KB]` shared; fp32, or fp64 for fp64 inputs.
+        """
+        self.initialize(q.shape[2], k.shape[2], q.shape[3])
+        with torch.autocast(q.device.type, enabled=False):
+            wide = torch.promote_types(q.dtype, torch.float32)
+            queries = pool_queries(q, self.query_block_size, is_causal, self.extremes).to(wide)
+            keys = pool_keys(k, block_size, key_padding_mask, self.extremes).to(wide)
+            if self.share_across_heads:
+                queries, keys = queries.mean(1, keepdim=True), keys.mean(1, keepdim=True)
+            left, right = self._factors(queries, keys)
+            groups = left.shape[1] // right.shape[1]
+            scores = left @ (right if groups == 1 else right.repeat_interleave(groups, dim=1)).transpose(-1, -2)
+            return scores + self.slope.to(wide)[:, None, None] * distance.to(wide)
+
+    def _factors(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        scale = queries.shape[-1] ** -0.5 if self.scale is None else self.scale
+        mean, gain = queries[..., 0, :], self.gain.to(queries.dtype)[:, None, None] * scale
+        left, right = [], []
+        if self.pooling != "max":
+            left.append(mean * gain[..., 0])
+            right.append(keys[..., 0, :])
+        if self.extremes:
+            left += [mean.relu() * gain[..., 1], -(-mean).relu() * gain[..., 1]]
+            right += [keys[..., 1, :], keys[..., 2, :]]
+        left.append(self._perceptron("q", queries.flatten(-2)))
+        right.append(self._perceptron("k", keys.flatten(-2)))
+        return torch.cat(left, dim=-1), torch.cat(right, dim=-1)
+
+    def _perceptron(self, side: str, x: Tensor) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:])
+        for i in range(self.num_layers):
+            x = x if i == 0 else F.gelu(x)
+            x = x @ getattr(self, f"{side}_weight_{i}").to(x.dtype) + getattr(self, f"{side}_bias_{i}").to(x.dtype)
+        return x
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        key, gain = state_dict.get(f"{prefix}k_weight_0"), state_dict.get(f"{prefix}gain")
+        if self._made_for is None and isinstance(key, Tensor) and isinstance(gain, Tensor):
+            self.initialize(gain.shape[0], key.shape[0], key.shape[1] // self._parts)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """What the scorer was made for, and how wide it is."""
+        made = "lazy" if self._made_for is None else "query heads={}, key heads={}, head_dim={}".format(*self._made_for)
+        return f"{made}, hidden_dim={self.hidden_dim}, num_layers={self.num_layers}, pooling={self.pooling}"

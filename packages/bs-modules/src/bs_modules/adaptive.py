@@ -1,0 +1,464 @@
+"""Attention whose blocks a learned gate picks, for every sequence anew.
+
+B batch, S queries or keys, H query heads, G key heads, D head dim, QB query blocks, KB key blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+
+from bs_kernels import BatchedLayout, LayoutPlan
+from bs_patterns import BlockLayout, LocalWindow
+
+from ._adaptive_config import AdaptiveConfig
+from ._checks import check_flag, check_int
+from ._frozen import Calibration, RecordedLayouts
+from ._gate_losses import distillation_loss
+from ._gate_room import Room, make_room
+from ._gate_scorer import ImportanceScorer
+from ._gate_select import Selection, logits_of, noisy, select_blocks
+from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
+from .config import CheckedConfig, SparsePatternConfig
+
+_ROOMS_KEPT = 16
+_DEFAULT_SEQ_LEN = 8192
+
+
+class BlockSparseAdaptive(BlockSparseAttention):
+    """Attention over the blocks that a learned gate picks for every sequence and head. It never communicates.
+
+    A scorer (`ImportanceScorer`) rates every pair of a query block and a key block from what pooling leaves of them;
+    every query block keeps its best key blocks, and the attention over those is one exact softmax. While training,
+    Gumbel noise explores and the gradient of the selected blocks' gates reaches the scorer, and through it queries and
+    keys; in eval mode nothing is random.
+
+    The density is met exactly: per head, the selected blocks differ by at most one half from
+    `max(density · allowed blocks, blocks that must be kept)`.
+
+    With `is_causal` nothing is read ahead: what a query block picks depends on tokens up to its first position only.
+    Its summary is that of the queries that end there; key blocks that end before the block of that position can be
+    picked; later ones that the query block reaches (the diagonal) are always kept. So outputs up to a position do not
+    change by a bit when later tokens do. `query_block_size=1` picks for every query by itself.
+
+    Args:
+        segment_lengths: LongNet segment lengths in tokens. Together with `dilation_rates` they restrict what the gate
+            may pick from; the density stays relative to all allowed blocks.
+        dilation_rates: One rate per segment length, in blocks.
+        sparse_config: An `AdaptiveConfig` or a mapping of its fields. The module keeps this very object.
+        adaptive_config: The same under another name; give one of the two.
+        candidates: Further restricts what the gate may pick from, and makes it adaptive inside that: a `bs_patterns`
+            pattern, or a config such as `HierarchicalConfig` (its block size plays no part).
+        cache: In eval mode, pick once per shape and reuse the selection until `clear_caches()` or `train()`.
+        num_heads: Query heads; `None` reads them from the first input.
+        num_kv_heads: Key heads; `None`: those of the first input, or `num_heads` where `head_dim` is given too.
+        head_dim: Width of queries and keys; `None` reads it from the first input. The scorer's parameters are made
+            when the heads and their width are known.
+        device: Of the parameters, and where inputs must be. `None`: wherever the inputs are.
+        dtype: What inputs must be. `None`: any floating dtype.
+        dropout: As for `BlockSparseRingDilatedAttention`, like the arguments below.
+        scale: See there.
+        mixed_precision: See there.
+        use_memory_pool: See there.
+        order: `"auto"` or `"longest_first"`.
+        backend: See there.
+        deterministic: See there.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range, or both configs are given.
+
+    Source: Gumbel top-k: Kool et al., "Stochastic Beams and Where to Find Them", 2019; straight-through gradients:
+    Bengio et al., 2013. The forms of scorer and gate are our own; `ImportanceScorer` and `select_blocks` define them.
+    """
+
+    sparse_config: Any
+    _config_type = AdaptiveConfig
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] | None = None,
+        sparse_config: AdaptiveConfig | Mapping[str, Any] | None = None,
+        *,
+        adaptive_config: AdaptiveConfig | Mapping[str, Any] | None = None,
+        candidates: Any = None,
+        cache: bool = False,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        mixed_precision: bool = False,
+        use_memory_pool: bool = False,
+        order: str = "auto",
+        backend: str = "auto",
+        deterministic: bool = True,
+    ) -> None:
+        if sparse_config is not None and adaptive_config is not None:
+            raise ValueError("adaptive_config: given beside sparse_config, which is the same; give one of the two")
+        if adaptive_config is not None:
+            sparse_config = AdaptiveConfig.of("adaptive_config", adaptive_config)
+        if order not in ("auto", "longest_first"):
+            raise ValueError(
+                f"order: expected 'auto' or 'longest_first' for blocks picked on the device, got {order!r}"
+            )
+        super().__init__(
+            segment_lengths,
+            dilation_rates,
+            sparse_config,  # pyright: ignore[reportArgumentType]
+            device=device,
+            dtype=dtype,
+            num_heads=num_heads,
+            dropout=dropout,
+            scale=scale,
+            mixed_precision=mixed_precision,
+            use_memory_pool=use_memory_pool,
+            order=order,
+            backend=backend,
+            deterministic=deterministic,
+        )
+        self.candidates = _check_candidates(candidates)
+        self.cache = check_flag("cache", cache)
+        config = self.sparse_config
+        self.scorer = ImportanceScorer(
+            num_heads,
+            None if head_dim is None else check_int("head_dim", head_dim),
+            num_kv_heads=None if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads),
+            hidden_dim=config.hidden_dim,
+            num_layers=config.num_layers,
+            share_across_heads=config.share_across_heads,
+            pooling=config.pooling,
+            query_block_size=config.blocks[0],
+            density=config.density if config.learn_density else None,
+            scale=scale,
+            device=device,
+            dtype=dtype,
+        )
+        log_temperature = torch.tensor(math.log(config.temperature), device=device, dtype=torch.float32)
+        self.log_temperature: Tensor
+        if config.learnable_temperature:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature)
+
+    # -- what the gate picks -----------------------------------------------------------------------------------------
+
+    @property
+    def temperature(self) -> Tensor:
+        """What scores are divided by, a scalar tensor; never below the config's `min_temperature`."""
+        return self.log_temperature.exp().clamp(min=self.sparse_config.min_temperature)
+
+    def set_temperature(self, temperature: float) -> None:
+        """Sets the temperature, learnable or not."""
+        with torch.no_grad():
+            self.log_temperature.fill_(math.log(temperature))
+
+    def select(
+        self, q: Tensor, k: Tensor, is_causal: bool = False, *, key_padding_mask: Tensor | None = None
+    ) -> Selection:
+        """Picks the blocks of a batch, with noise in training mode.
+
+        Args:
+            q: `[B, Sq, H, D]`.
+            k: `[B, Sk, G, D]`.
+            is_causal: As in `forward`.
+            key_padding_mask: `bool[B, Sk]`, True = a real token. Other tokens are not pooled, and blocks without a
+                real one are taken last.
+
+        Returns:
+            The layout of every batch element, and the `block_bias` that goes with it.
+        """
+        config, lengths = self.sparse_config, (q.shape[1], k.shape[1])
+        learn = self.scorer.threshold is not None
+        room = self._room(lengths, bool(is_causal), q.device, q.shape[2])
+        scores = self.scorer(q, k, config.block_size, bool(is_causal), room.distance, key_padding_mask)
+        logits = logits_of(scores, room, self.temperature, self.scorer.threshold)
+        if self.training and config.distill_rows and torch.is_grad_enabled():
+            self.gate_losses["distillation"] = distillation_loss(
+                q, k, logits, room, config.blocks, bool(is_causal), self.scale, config.distill_rows, key_padding_mask
+            )
+        made = select_blocks(
+            noisy(logits, learn) if self.training else logits,
+            room,
+            config.blocks,
+            lengths,
+            bool(is_causal),
+            soft=config.gate == "soft",
+            learn_density=learn,
+            dead=None if key_padding_mask is None else _dead_blocks(key_padding_mask, config.block_size),
+        )
+        if made.expected_density is not None and self.training:
+            self.gate_losses["sparsity"] = made.expected_density
+        self._met = (lengths, bool(is_causal), made.density)
+        if self._calibration is not None:
+            self._calibration.add(made.layout)
+        return made
+
+    def _layout_and_bias(
+        self, q: Tensor, k: Tensor, is_causal: bool, key_padding_mask: Tensor | None, segment_ids: Any
+    ) -> tuple[Any, Tensor | None]:
+        if segment_ids is not None:
+            raise ValueError(
+                "segment_ids: expected None, since the gate pools whole blocks and would let documents that share one "
+                "steer each other; give each document its own sequence, with key_padding_mask"
+            )
+        if not (self.cache and not self.training):
+            made = self.select(q, k, is_causal, key_padding_mask=key_padding_mask)
+            return made.layout, made.bias
+        key = (tuple(q.shape), tuple(k.shape), is_causal, q.device, self._fingerprint())
+        if key not in self._selections:
+            with torch.no_grad():
+                made = self.select(q, k, is_causal, key_padding_mask=key_padding_mask)
+                self._selections[key] = (LayoutPlan.build(made.layout, None, q.device, order=self.order), made.bias)
+        return self._selections[key]
+
+    def _layout_or_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> BatchedLayout:
+        return self.select(q, k, is_causal).layout
+
+    # -- what it may pick from ---------------------------------------------------------------------------------------
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        given = self.candidates
+        return (*super()._fingerprint(), given.fingerprint() if isinstance(given, CheckedConfig) else given)
+
+    def _room(self, lengths: tuple[int, int], is_causal: bool, device: torch.device, heads: int) -> Room:
+        key = (lengths, is_causal, device, heads, self._fingerprint())
+        found = self._rooms.get(key)
+        return _room_outside_graph(self, key) if found is None else found
+
+    def _make_room(self, key: tuple[Any, ...]) -> Room:
+        lengths, is_causal, device, heads, _ = key
+        config = self.sparse_config
+        config.validate()
+        room = make_room(
+            lengths,
+            config.blocks,
+            is_causal,
+            config.density,
+            config.bound(),
+            lambda grid: self._candidate_layout(grid, is_causal, heads),
+            device,
+        )
+        with self._lock:
+            self._rooms[key] = room
+            while len(self._rooms) > _ROOMS_KEPT:
+                del self._rooms[next(iter(self._rooms))]
+        return room
+
+    def _candidate_layout(self, lengths: tuple[int, int], is_causal: bool, heads: int) -> BlockLayout | None:
+        segments, given, density = self._candidates(), self.candidates, None
+        if segments is None and given is None:
+            return None
+        if given is None:
+            given = LocalWindow(2 * sum(lengths))  # everything, for the segments to cut down
+        elif isinstance(given, SparsePatternConfig):
+            given, density = given.pattern(), given.density
+        elif isinstance(given, CheckedConfig):
+            given, density = given.pattern(lengths), given.density  # pyright: ignore[reportAttributeAccessIssue]
+        heads = 1 if self.sparse_config.share_across_heads else heads
+        return given.layout(
+            lengths,
+            block_size=self.sparse_config.blocks,
+            heads=heads,
+            causal=is_causal,
+            density=density,
+            candidates=segments,
+        )
+
+    def layout(
+        self, seq_len: int | tuple[int, int], is_causal: bool = False, num_heads: int | None = None
+    ) -> BlockLayout:
+        """Raises: there is no layout without an input. `select` gives that of one, `freeze` one for all.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "layout: expected an input to pick blocks for; select(q, k, is_causal) gives the layout of one, and "
+            "freeze(samples) a module with one layout for all"
+        )
+
+    def prepare(
+        self, seq_len: int | tuple[int, int], is_causal: bool = False, num_heads: int | None = None
+    ) -> BlockLayout:
+        """Prepares the budgets of a length ahead of the first call; `torch.compile(fullgraph=True)` needs that.
+
+        Args:
+            seq_len: Tokens, or a (query, key) pair.
+            is_causal: As in `forward`.
+            num_heads: Query heads; needed if the constructor was not told.
+
+        Returns:
+            All blocks that a call may come to use.
+
+        Raises:
+            ValueError: The number of heads is not known.
+        """
+        lengths = (seq_len, seq_len) if isinstance(seq_len, int) else (seq_len[0], seq_len[1])
+        heads = num_heads or self.num_heads
+        if heads is None:
+            raise ValueError("num_heads: expected the number of query heads, got None")
+        room = self._room(lengths, bool(is_causal), self._anchor.device, heads)
+        mask = (room.readable | room.kept).cpu().numpy()
+        return BlockLayout.from_dense(mask, block_size=self.sparse_config.blocks, seq_len=lengths, causal=is_causal)
+
+    def get_pattern_stats(self, seq_len: int | None = None) -> dict[str, Any]:
+        """Figures of what the gate keeps.
+
+        Args:
+            seq_len: Tokens; `None` takes the lengths and causality of the last call (8,192 tokens before the first).
+
+        Returns:
+            A dict with `density` (active / allowed blocks), `sparsity` (1 − density), `requested_density`, `seq_len`,
+            `is_causal`, `pattern`, `block_size`, `q_blocks`, `kv_blocks`, `allowed` and `nnz` (per head, on average),
+            `temperature`, and `measured`: whether `density` is that of the last call rather than that of the budgets,
+            which are always met unless the density is learned.
+        """
+        length, causal = self._last_call or (_DEFAULT_SEQ_LEN, False)
+        length = length if seq_len is None else check_int("seq_len", seq_len)
+        room = self._room((length, length), causal, self._anchor.device, self.num_heads or 1)
+        met, measured = room.met, False
+        if self._met is not None and self._met[:2] == ((length, length), causal):
+            met, measured = float(self._met[2]), True
+        return {
+            "density": met,
+            "sparsity": 1 - met,
+            "requested_density": self.sparse_config.density,
+            "seq_len": length,
+            "is_causal": causal,
+            "pattern": "adaptive",
+            "block_size": self.sparse_config.blocks,
+            "q_blocks": room.readable.shape[1],
+            "kv_blocks": room.readable.shape[2],
+            "allowed": room.allowed,
+            "nnz": met * room.allowed,
+            "temperature": float(self.temperature.detach()),
+            "measured": measured,
+        }
+
+    # -- after training ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def calibrating(self) -> Iterator[None]:
+        """Counts what the gate picks in the calls inside the block, for `freeze()`; switches to eval mode meanwhile."""
+        training, self._calibration = self.training, Calibration()
+        self.eval()
+        try:
+            yield
+        finally:
+            self._recorded, self._calibration = self._calibration, None
+            self.train(training)
+
+    def freeze(
+        self, samples: Iterable[Sequence[Tensor]] | None = None, is_causal: bool = False
+    ) -> BlockSparseRingDilatedAttention:
+        """Makes a module with the fixed layout that the gate picks most often.
+
+        Every query block keeps as many blocks as here, those picked most often over all calibration sequences; ties go
+        to the earlier block. The gates themselves (`gate="soft"`) are not part of the result.
+
+        Args:
+            samples: Tuples that start with `q` and `k`. `None`: what was counted inside `calibrating()`.
+            is_causal: Of the samples; what was counted keeps its own.
+
+        Returns:
+            The module. It knows the lengths it was calibrated for, and causal ones shorter than those.
+
+        Raises:
+            ValueError: There is nothing to calibrate with.
+        """
+        if samples is not None:
+            with self.calibrating(), torch.no_grad():
+                for q, k, *_ in samples:
+                    self.select(q, k, is_causal)
+        elif is_causal:
+            raise ValueError("is_causal: has no effect without samples; what was counted keeps its own")
+        if self._recorded is None or not self._recorded.counts:
+            raise ValueError("samples: expected at least one, or calls inside calibrating() before, got none")
+        frozen = BlockSparseRingDilatedAttention(
+            sparse_config=SparsePatternConfig(
+                pattern_type=RecordedLayouts(self._recorded.layouts()), block_size=self.sparse_config.blocks
+            ),
+            device=self._anchor.device if self._device_given else None,
+            dtype=self._anchor.dtype if self._dtype_given else None,
+            num_heads=self.num_heads,
+            dropout=self.dropout,
+            scale=self.scale,
+            mixed_precision=self.mixed_precision,
+            use_memory_pool=self.use_memory_pool,
+            order=self.order,
+            backend=self.backend,
+            deterministic=self.deterministic,
+        )
+        return frozen.train(self.training)
+
+    # -- nn.Module's own business ------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> BlockSparseAdaptive:
+        """As `nn.Module.train`; forgets cached selections."""
+        self._selections = {}
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._selections = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Density, block sizes and the kind of gate."""
+        more = [f"blocks={self.sparse_config.blocks}", f"gate={self.sparse_config.gate}"]
+        more += ["learn_density=True"] * self.sparse_config.learn_density
+        more += [f"candidates={self.candidates}"] * (self.candidates is not None)
+        return ", ".join([super().extra_repr(), *more])
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._rooms: dict[tuple[Any, ...], Room] = {}
+        self._selections: dict[tuple[Any, ...], tuple[LayoutPlan, Tensor | None]] = {}
+        #: Of the last training call, for `AdaptiveSparsityTrainer`: `"sparsity"` and `"distillation"`.
+        self.gate_losses: dict[str, Tensor] = {}
+        self._met: tuple[tuple[int, int], bool, Tensor] | None = None
+        self._calibration: Calibration | None = None
+        self._recorded: Calibration | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        for name in ("_rooms", "_selections", "gate_losses", "_met", "_calibration", "_recorded"):
+            del state[name]
+        return state
+
+
+# Only its first call in compiled code imports the compiler; what it makes is numpy's work.
+def _room_of(module: BlockSparseAdaptive, key: tuple[Any, ...]) -> Room:
+    return module._make_room(key)
+
+
+_room_in_graph_break = _disable_dynamo(_room_of)
+
+
+def _room_outside_graph(module: BlockSparseAdaptive, key: tuple[Any, ...]) -> Room:
+    return _room_in_graph_break(module, key) if torch.compiler.is_compiling() else _room_of(module, key)
+
+
+def _dead_blocks(key_padding_mask: Tensor, block: int) -> Tensor:
+    """bool `[B, KB]`: key blocks without a real token."""
+    padded = nn.functional.pad(key_padding_mask, (0, -key_padding_mask.shape[1] % block))
+    return ~padded.unflatten(1, (-1, block)).any(-1)
+
+
+def _check_candidates(value: Any) -> Any:
+    if isinstance(value, AdaptiveConfig):
+        raise TypeError("candidates: expected a fixed pattern, got an AdaptiveConfig")
+    if value is None or isinstance(value, CheckedConfig):
+        return value
+    if isinstance(value, type) or not callable(getattr(value, "layout", None)):
+        raise TypeError(f"candidates: expected a bs_patterns pattern, the config of one or None, got {value!r}")
+    return value
