@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from bs_kernels import DilatedPlan, dilated, dilated_attention, merge_attention
+from bs_kernels import DilatedPlan, block_sparse_attention, dilated, dilated_attention, merge_attention
 from bs_kernels import _dilated_pieces as pieces
 from bs_kernels.testing import branch_masks, check_dilated_against_oracle, make_dilated_case
 from bs_kernels.testing.strategies import dilated_cases
@@ -248,6 +248,39 @@ def test_segments_may_be_block_sparse():
     torch.testing.assert_close(last, got[:, 80:])
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 30, 30), (1, 1, 30, 30), (2, 1, 1, 30), (30, 30)], ids=str)
+@pytest.mark.parametrize("combine", ["softmax", "union"])
+def test_floating_bias_and_its_gradient(shape, combine):
+    q, k, v = (torch.randn(2, 30, heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    branches = ([7, 30], [1, 3])
+    at = torch.arange(30)
+    masks = branch_masks(at, at, *branches, 4, causal=True)
+    count = masks.sum(0) if combine == "softmax" else masks.any(0)
+
+    def dense(bias):
+        k4, v4 = (x.repeat_interleave(2, 2) for x in (k, v))
+        weights = count * (torch.einsum("bqhd,bkhd->bhqk", q, k4) / 2 + bias).exp()
+        return torch.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdim=True).clamp(min=1e-300), v4)
+
+    bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    outs = (dilated_attention(q, k, v, *branches, causal=True, combine=combine, attn_bias=bias), dense(bias))
+    torch.testing.assert_close(*outs)
+    cotangent = torch.randn_like(outs[0])
+    torch.testing.assert_close(*(torch.autograd.grad(out, bias, cotangent)[0] for out in outs))
+
+
+def test_dropout_drops_what_block_sparse_attention_drops():
+    q, k, v = (torch.randn(2, 40, heads, 8) for heads in (4, 2, 2))
+    layout = BlockLayout.from_dense([[[True]]], block_size=64, seq_len=40)
+    one = dilated_attention(q, k, v, [40], [1], dropout_p=0.3, dropout_seed=5)
+    torch.testing.assert_close(one, block_sparse_attention(q, k, v, layout, dropout_p=0.3, dropout_seed=5))
+    torch.manual_seed(3)
+    first = dilated_attention(q, k, v, [16, 40], [1, 2], dropout_p=0.3)
+    torch.manual_seed(3)
+    assert torch.equal(dilated_attention(q, k, v, [16, 40], [1, 2], dropout_p=0.3), first)
+    assert not torch.equal(dilated_attention(q, k, v, [16, 40], [1, 2], dropout_p=0.3), first)
+
+
 def test_pieces_of_a_branch_are_few():
     found = pieces.pieces_of(pieces.Branch(7, 2), (-20, 10_000), (3, 9_000), 2)
     assert len(found) <= 5
@@ -275,7 +308,8 @@ q = torch.zeros(1, 8, 2, 4)
         ({"q_start": 1.5}, TypeError, "q_start: expected an integer"),
         ({"kv_start": 2**31}, ValueError, "kv_start: expected a position"),
         ({"backend": "cuda"}, ValueError, "backend: expected one of"),
-        ({"dropout_p": 0.1}, TypeError, "dropout_p"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\)"),
+        ({"attn_bias": torch.zeros(1, 2, 7, 8)}, ValueError, "attn_bias: expected a shape that broadcasts"),
         ({"key_padding_mask": torch.ones(1, 7, dtype=torch.bool)}, ValueError, r"\[1, 8\], got \[1, 7\]"),
         ({"segment_ids": torch.ones(1, 8)}, TypeError, "segment_ids"),
         ({"segment_layout": 3}, TypeError, "segment_layout: expected a function"),
@@ -339,3 +373,17 @@ def test_plans_belong_to_their_call():
         dilated_attention(q, q, q, [4], [2], plan=plan)
     with pytest.raises(TypeError, match="plan: expected a DilatedPlan, got list"):
         dilated_attention(q, q, q, [4], [2], plan=[])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("combine", COMBINE)
+@pytest.mark.parametrize(("lengths", "rates"), [([8, 32], [1, 2]), ([7, 50, 50], [1, 3, 5]), ([5], [9])], ids=str)
+def test_a_plan_tells_its_pairs(lengths, rates, combine, causal):
+    plan = DilatedPlan.build(lengths, rates, 50, 3, causal=causal, combine=combine)
+    at = torch.arange(50)
+    masks = branch_masks(at, at, lengths, rates, 3, causal=causal)
+    assert torch.equal(torch.from_numpy(plan.layout().token_mask()), masks.any(0))
+    if combine == "union":
+        assert sum(plan.pairs()) == masks.any(0).sum()
+    else:
+        assert plan.pairs() == masks.flatten(1).sum(1).tolist()

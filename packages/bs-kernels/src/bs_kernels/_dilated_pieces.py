@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._dilated_rows import KeptRows
 
-__all__ = ["Branch", "Piece", "branches_for_union", "overlap_mask", "pieces_of", "runs_left_out"]
+__all__ = ["Branch", "Piece", "branches_for_union", "overlap_mask", "pieces_of", "positions_of", "runs_left_out"]
 
 #: Below this many rows, blocks are too small to leave out keys by the layout.
 _LEAST_BLOCK = 16
@@ -132,27 +132,29 @@ def runs_left_out(piece: Piece, earlier: Sequence[Branch]) -> tuple[int, ...] | 
     return tuple(found)
 
 
+def positions_of(piece: Piece, rows: KeptRows, device: torch.device) -> Tensor:
+    """int64[N, H, n]; absolute positions of query or key rows, outside the range where there is no token."""
+    begins = (piece.segment + torch.arange(piece.segments, device=device)) * piece.branch.length
+    return begins[:, None, None] + rows.indices(device)
+
+
 def overlap_mask(piece: Piece, earlier: Sequence[Branch], device: torch.device) -> Tensor | None:
-    """Which pairs no earlier branch has: bool, True = keep; None where the plan leaves the others out by blocks.
+    """Which pairs no earlier branch has: bool[N, H, n, n], True = keep; None where the plan leaves them out by blocks.
 
     Args:
         piece: the piece.
         earlier: the branches before the piece's.
         device: of the result.
-
-    Returns:
-        [N · H, 1, n, n], or [N, H, T, T] at rate 1.
     """
     if not earlier or runs_left_out(piece, earlier) is not None:
         return None
-    begins = (piece.segment + torch.arange(piece.segments, device=device)) * piece.branch.length
-    q, k = (begins[:, None, None] + rows.indices(device) for rows in (piece.q, piece.kv))  # absolute [N, H, n]
+    q, k = (positions_of(piece, rows, device) for rows in (piece.q, piece.kv))
     reached = torch.zeros((), dtype=torch.bool, device=device)
     for branch in earlier:
         # A pair is the earlier branch's if both keep their token there, in one segment.
         of_query, of_key = _segment_where_kept(q, branch, -1), _segment_where_kept(k, branch, -2)
         reached = reached | (of_query[..., :, None] == of_key[..., None, :])
-    return ~reached if piece.branch.rate == 1 else ~reached.flatten(0, 1).unsqueeze(1)
+    return ~reached
 
 
 def _segment_where_kept(positions: Tensor, branch: Branch, nowhere: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from bs_patterns import BlockLayout
 
 from ._arguments import check_flag
+from ._dilated_pairs import count_pairs, listed_pairs
 from ._dilated_pieces import Branch, Piece, branches_for_union, pieces_of, runs_left_out
 from .plan import LayoutPlan
 from .token_mask import TokenMask
@@ -131,6 +132,27 @@ class DilatedPlan:
             found = pieces_of(branch, asked.q_range, asked.kv_range, asked.heads)
             planned.append(tuple(PlannedPiece(piece, _plan_of(piece, earlier, asked), earlier) for piece in found))
         return cls(asked, tuple(planned))
+
+    def pairs(self) -> list[int]:
+        """How many (query, key) pairs each computed branch has, over all heads.
+
+        Under "union", which leaves out branches that add nothing, a pair counts once; else once per branch.
+        """
+        dense = self.question.layout is None
+        return [sum(count_pairs(p.piece, p.plan, p.earlier, dense) for p in branch) for branch in self.branches]
+
+    def layout(self) -> BlockLayout:
+        """The pairs of all branches, each once, as a layout of single tokens: for looking at short sequences."""
+        asked, found = self.question, [np.empty((3, 0), np.int64)]
+        for planned in (planned for branch in self.branches for planned in branch):
+            for head, q, k in listed_pairs(planned.piece, planned.plan, planned.earlier):
+                found.append(torch.stack((head, q - asked.q_range[0], k - asked.kv_range[0])).numpy())
+        heads, rows, columns = np.concatenate(found, 1)
+        lengths = (asked.q_range[1] - asked.q_range[0], asked.kv_range[1] - asked.kv_range[0])
+        aligned = asked.causal and asked.q_range[1] == asked.kv_range[1]
+        return BlockLayout.from_coo(
+            heads, rows, columns, block_size=1, seq_len=lengths, heads=asked.heads, causal=aligned
+        )
 
     def __repr__(self) -> str:
         asked = self.question

@@ -24,13 +24,24 @@ Source: Ding et al., "LongNet: Scaling Transformers to 1,000,000,000 Tokens", 20
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ._arguments import check_flag, check_operands, check_padding, check_scale, check_segments, make_call
+from ._arguments import (
+    check_attn_bias,
+    check_dropout,
+    check_flag,
+    check_operands,
+    check_padding,
+    check_scale,
+    check_segments,
+    make_call,
+)
+from ._dilated_masks import bias_of_rows, dropout_mask
 from ._dilated_pieces import overlap_mask
 from ._dilated_plan import COMBINE, DilatedPlan, PlannedPiece, Question, SegmentLayout, ask
 from .api import gradient_flags
@@ -59,6 +70,9 @@ def dilated_attention(
     combine: Combine = ...,
     key_padding_mask: Tensor | None = ...,
     segment_ids: SegmentIds = ...,
+    attn_bias: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ...,
     segment_layout: SegmentLayout | None = ...,
     scale: float | None = ...,
     q_start: int | None = ...,
@@ -82,6 +96,9 @@ def dilated_attention(
     combine: Combine = ...,
     key_padding_mask: Tensor | None = ...,
     segment_ids: SegmentIds = ...,
+    attn_bias: Tensor | None = ...,
+    dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ...,
     segment_layout: SegmentLayout | None = ...,
     scale: float | None = ...,
     q_start: int | None = ...,
@@ -104,6 +121,9 @@ def dilated_attention(
     combine: Combine = "softmax",
     key_padding_mask: Tensor | None = None,
     segment_ids: SegmentIds = None,
+    attn_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     segment_layout: SegmentLayout | None = None,
     scale: float | None = None,
     q_start: int | None = None,
@@ -119,7 +139,8 @@ def dilated_attention(
     are linear in tokens: a branch computes S · w / r² pairs per head. Differentiable in q, k and v, through the output
     and the LSE, twice in eager mode. A query that sees no key gets output 0, LSE −inf and zero gradients.
 
-    There is no dropout: backends key it by consecutive positions, which kept tokens do not have.
+    ``attn_bias`` and dropout cost one byte (a floating bias: its element) per pair that is computed, beside the time to
+    gather or draw it; dropout computes every pair twice.
 
     Args:
         q: [B, Sq, Hq, D]; float16, bfloat16, float32 or float64. Any strides.
@@ -133,6 +154,11 @@ def dilated_attention(
         key_padding_mask: bool[B, Sk], True = a real token.
         segment_ids: int[B, S], or a (query, key) pair: a query attends only to keys of its own id (packed documents;
             LongNet's segments are not moved by them).
+        attn_bias: broadcasts to [B, Hq, Sq, Sk]; bool (True = attend) or floating (added to scaled scores), then
+            differentiable.
+        dropout_p: probability in [0, 1) of dropping an attention weight, by absolute position: a key that is seen under
+            two branches is dropped from both or from none.
+        dropout_seed: as in `block_sparse_attention`.
         segment_layout: block-sparse attention inside every segment: a function from n, the number of tokens that a head
             keeps in a segment, to a `BlockLayout` of (n, n) tokens and one head. None for dense segments. Not with
             "union", whose branches it would leave undefined.
@@ -178,7 +204,25 @@ def dilated_attention(
         raise TypeError(f"plan: expected a DilatedPlan, got {type(plan).__name__}")
     elif plan.question != asked:
         raise ValueError(f"plan: expected one for this call, got {plan}")
-    inputs = _Inputs(q, k, v, key_padding_mask, segment_ids, scale, deterministic, backend)
+    lengths = (q.shape[1], k.shape[1])
+    q_ids, kv_ids = check_segments(segment_ids, q, lengths)
+    dropout = check_dropout(dropout_p, dropout_seed, q.device)
+    check_flag("deterministic", deterministic)
+    inputs = _Inputs(
+        q=q,
+        k=k,
+        v=v,
+        padding=check_padding(key_padding_mask, q, lengths[1]),
+        q_ids=q_ids,
+        kv_ids=kv_ids,
+        attn_bias=check_attn_bias(attn_bias, q, lengths),
+        dropout_p=dropout[0],
+        dropout_seed=dropout[1],
+        starts=(plan.question.q_range[0], plan.question.kv_range[0]),
+        scale=check_scale(scale, q),
+        deterministic=deterministic,
+        backend=backend,
+    )
     parts = [[_Part(planned, inputs) for planned in branch] for branch in plan.branches]
     out, lse = _combine(parts, q, v, detach=combine == "longnet")
     if not any(parts):  # no query meets a key: connect the zeros to the inputs, as an attention call would
@@ -192,42 +236,56 @@ def _plan_outside_graph(asked: Question) -> DilatedPlan:
     return DilatedPlan.answer(asked)
 
 
+@dataclass(frozen=True, eq=False)
 class _Inputs:
-    """The checked tensors of a call with everything as [B, S, F, X], and the arguments that every piece shares."""
+    """The checked arguments of a call that every piece reads."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        padding: Any,
-        segment_ids: Any,
-        scale: Any,
-        deterministic: Any,
-        backend: str,
-    ) -> None:
-        self.q, self.k, self.v = q, k, v
-        self.backend = backend
-        self.scale, self.deterministic = check_scale(scale, q), deterministic
-        check_flag("deterministic", deterministic)
-        self.padding = check_padding(padding, q, k.shape[1])
-        self.q_ids, self.kv_ids = check_segments(segment_ids, q, (q.shape[1], k.shape[1]))
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    padding: Tensor | None
+    q_ids: Tensor | None
+    kv_ids: Tensor | None
+    attn_bias: Tensor | None
+    dropout_p: float
+    dropout_seed: Tensor | None
+    starts: tuple[int, int]
+    scale: float
+    deterministic: bool
+    backend: str
 
 
 class _Part:
     """One piece of a branch, computed: its output and LSE as the backend gives them."""
 
     def __init__(self, planned: PlannedPiece, inputs: _Inputs) -> None:
-        self.piece, plan, self.batch = planned.piece, planned.plan, inputs.q.shape[0]
-        keep = overlap_mask(self.piece, planned.earlier, inputs.q.device) if self.batch else None
-        if keep is None or self.batch == 1:
-            self.out, self.lse = self._attend(inputs, slice(None), plan, keep)
+        self.piece, self.batch = planned.piece, inputs.q.shape[0]
+        keep = overlap_mask(self.piece, planned.earlier, inputs.q.device)
+        if self.batch == 0 or (keep is None and inputs.attn_bias is None and not inputs.dropout_p):
+            self.out, self.lse = self._attend(inputs, slice(None), planned.plan, None)
             return
-        # The mask is the same for every batch element, and as large as a batch element's scores.
-        found = [self._attend(inputs, slice(b, b + 1), plan, keep) for b in range(self.batch)]
+        # What is said about pairs is as large as the scores: one batch element after another.
+        found = [self._attend_one(inputs, b, planned.plan, keep) for b in range(self.batch)]
         self.out, self.lse = (torch.cat(x) for x in zip(*found, strict=True))
 
-    def _attend(self, inputs: _Inputs, batch: slice, plan: LayoutPlan, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _attend_one(self, inputs: _Inputs, at: int, plan: LayoutPlan, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One batch element, with its bias and dropout."""
+        bias, only = keep, slice(at, at + 1)
+        if inputs.attn_bias is not None:
+            given = inputs.attn_bias[only] if inputs.attn_bias.shape[0] > 1 else inputs.attn_bias
+            bias = _both(bias_of_rows(self.piece, given, *inputs.starts), keep)
+        out, lse = self._attend(inputs, only, plan, bias)
+        if inputs.dropout_seed is None:
+            return out, lse
+        # Dropped weights stay in the denominator: attend to what is kept alone, and weigh by its share of the whole.
+        kept = dropout_mask(self.piece, at, inputs.dropout_seed, inputs.dropout_p)
+        out, of_kept = self._attend(inputs, only, plan, kept if bias is None else _both(bias, kept))
+        nothing = of_kept == _NEG_INF
+        share = torch.exp((of_kept - lse).masked_fill(nothing, 0)).masked_fill(nothing, 0) / (1 - inputs.dropout_p)
+        return out * share.transpose(1, 2).unsqueeze(-1), lse
+
+    def _attend(self, inputs: _Inputs, batch: slice, plan: LayoutPlan, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention of the rows of some batch elements; ``bias`` [N, H, n, n] if there is one of them."""
         piece = self.piece
         q = piece.q.gather(piece.of_queries(inputs.q[batch]))
         k, v = (piece.kv.gather(piece.of_keys(x[batch])) for x in (inputs.k, inputs.v))
@@ -236,6 +294,8 @@ class _Part:
             of_queries = piece.q.gather(piece.of_queries(inputs.q_ids[batch, :, None, None]))
             of_keys = piece.kv.gather(piece.of_keys(inputs.kv_ids[batch, :, None, None]))
             ids = (of_queries[:, :, 0, 0], of_keys[:, :, 0, 0])
+        if bias is not None and piece.q.rate > 1:  # heads are folded into the batch
+            bias = bias.flatten(0, 1).unsqueeze(1)
         call = make_call(
             q,
             k,
@@ -243,7 +303,7 @@ class _Part:
             plan,
             key_padding_mask=padding,
             segment_ids=ids,
-            attn_bias=keep,
+            attn_bias=bias,
             scale=inputs.scale,
             deterministic=inputs.deterministic,
         )
@@ -268,6 +328,13 @@ class _Part:
     def rows(self, x: Tensor) -> Tensor:
         """Tokens [B, Sq, H, X] as the piece's rows."""
         return self.piece.q.gather(self.piece.of_queries(x))
+
+
+def _both(bias: Tensor, keep: Tensor | None) -> Tensor:
+    """A bias, boolean or floating, without the pairs that are not kept."""
+    if keep is None:
+        return bias
+    return bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, _NEG_INF)
 
 
 def _combine(parts: list[list[_Part]], q: Tensor, v: Tensor, *, detach: bool) -> tuple[Tensor, Tensor]:

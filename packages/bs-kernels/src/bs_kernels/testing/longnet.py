@@ -33,7 +33,8 @@ class DilatedCase:
         q, k, v: the operands.
         segment_lengths, dilation_rates: the branches.
         dout, dlse: cotangents of the results; that of the LSE is used where it is finite.
-        arguments: keyword arguments of the call, but for ``backend`` and ``return_lse``.
+        arguments: keyword arguments of the call, but for ``backend`` and ``return_lse``. The oracle knows a boolean
+            ``attn_bias`` only, and no ``segment_layout``.
     """
 
     q: Tensor
@@ -69,7 +70,7 @@ def make_dilated_case(
     dtype: torch.dtype = torch.float32,
     **arguments: Any,
 ) -> DilatedCase:
-    """Random operands. "key_padding_mask" and "segment_ids" may be given as True, and are then drawn at random."""
+    """Random operands. "attn_bias", "key_padding_mask" and "segment_ids" may be True, and are then drawn at random."""
     generator = torch.Generator().manual_seed(seed)
     value_dim = head_dim if value_dim is None else value_dim
     (len_q, len_kv), wide = seq_len, torch.float64 if dtype == torch.float64 else torch.float32
@@ -78,6 +79,7 @@ def make_dilated_case(
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(of)
 
     draw = {
+        "attn_bias": lambda: torch.rand(batch, q_heads, len_q, len_kv, generator=generator) < 0.7,
         "key_padding_mask": lambda: torch.rand(batch, len_kv, generator=generator) < 0.7,
         "segment_ids": lambda: tuple(
             torch.randint(0, 3, (batch, length), generator=generator).sort(-1).values for length in (len_q, len_kv)
@@ -121,19 +123,22 @@ def branch_masks(
     return torch.stack(masks)
 
 
+def _positions(case: DilatedCase) -> tuple[Tensor, Tensor]:
+    """Absolute positions of queries and keys."""
+    len_q, len_kv = case.q.shape[1], case.k.shape[1]
+    kv_start, q_start = case.arguments.get("kv_start", 0), case.arguments.get("q_start")
+    q_start = kv_start + len_kv - len_q if q_start is None else q_start
+    return q_start + torch.arange(len_q), kv_start + torch.arange(len_kv)
+
+
 def _masks_of(case: DilatedCase) -> Tensor:
     """bool[branches, B, Hq, Sq, Sk] with padding and segment ids taken out and, for a union, what came earlier."""
-    given = dict(case.arguments)
-    (batch, len_q, heads, _), len_kv = case.q.shape, case.k.shape[1]
-    kv_start = given.get("kv_start", 0)
-    q_start = given.get("q_start")
-    q_start = kv_start + len_kv - len_q if q_start is None else q_start
+    given, batch = case.arguments, case.q.shape[0]
     masks = branch_masks(
-        q_start + torch.arange(len_q),
-        kv_start + torch.arange(len_kv),
+        *_positions(case),
         case.segment_lengths,
         case.dilation_rates,
-        heads,
+        case.q.shape[2],
         causal=given.get("causal", False),
     )
     masks = masks.unsqueeze(1).expand(-1, batch, -1, -1, -1)
@@ -142,6 +147,9 @@ def _masks_of(case: DilatedCase) -> Tensor:
     if (ids := given.get("segment_ids")) is not None:
         of_query, of_key = ids if isinstance(ids, tuple) else (ids, ids)
         masks = masks & (of_query[:, None, :, None] == of_key[:, None, None, :])
+    bias = given.get("attn_bias")
+    if bias is not None and bias.dtype == torch.bool:
+        masks = masks & bias
     if given.get("combine") == "union":
         first = masks.clone()
         for at in range(1, len(masks)):
@@ -154,6 +162,8 @@ def _as_attention(case: DilatedCase, masks: Tensor, dout: Tensor, dlse: Tensor) 
     """The case as plain attention over the keys of all ``masks``, one after another."""
     branches, len_q, len_kv = len(masks), case.q.shape[1], case.k.shape[1] * len(masks)
     active = np.ones((1, -(-len_q // 64), -(-len_kv // 64)), np.bool_)
+    q_positions, kv_positions = _positions(case)
+    passed = {name: case.arguments[name] for name in ("scale", "dropout_p", "dropout_seed") if name in case.arguments}
     return Case(
         case.q,
         case.k.repeat(1, branches, 1, 1),
@@ -161,7 +171,9 @@ def _as_attention(case: DilatedCase, masks: Tensor, dout: Tensor, dlse: Tensor) 
         BlockLayout.from_dense(active, block_size=64, seq_len=(len_q, len_kv)),
         dout,
         dlse,
-        {"attn_bias": torch.cat(tuple(masks), -1), "scale": case.arguments.get("scale")},
+        {"attn_bias": torch.cat(tuple(masks), -1), **passed},
+        q_positions=q_positions,
+        kv_positions=kv_positions.repeat(branches),
     )
 
 

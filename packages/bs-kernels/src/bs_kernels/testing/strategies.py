@@ -144,9 +144,11 @@ def dilated_cases(
     kv_heads, group = draw(st.integers(1, 2), label="kv_heads"), draw(st.integers(1, 3), label="group")
     keys = draw(st.integers(1, max_tokens), label="keys")
     called: dict[str, Any] = {"combine": draw(st.sampled_from(combine)), "causal": draw(st.booleans(), label="causal")}
-    for name in ("key_padding_mask", "segment_ids"):
-        if draw(st.booleans(), label=name):
+    for name in ("key_padding_mask", "segment_ids", "attn_bias"):
+        if draw(st.sampled_from((False, False, True)), label=name):
             called[name] = True
+    if draw(st.sampled_from((False, False, True)), label="dropout"):
+        called |= {"dropout_p": 0.4, "dropout_seed": draw(st.integers(0, 2**64 - 1), label="dropout_seed")}
     if draw(st.booleans(), label="shard"):
         called |= {"q_start": draw(st.integers(-40, 40)), "kv_start": draw(st.integers(-40, 40))}
     if draw(st.booleans(), label="scale"):
