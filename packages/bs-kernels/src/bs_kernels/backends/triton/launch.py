@@ -19,7 +19,8 @@ from triton.runtime.errors import OutOfResources
 from ...philox import dropout_threshold
 from ...token_mask import UNBOUNDED
 from ..base import Call, Gradients, Needs
-from .backward import columns_kernel, rows_kernel
+from .backward_columns import columns_kernel
+from .backward_rows import rows_kernel
 from .config import MIN_TILE, Config, Shape, Target, candidates
 from .forward import forward_kernel
 from .lists import column_lists, row_lists

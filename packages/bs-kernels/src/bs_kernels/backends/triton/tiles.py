@@ -8,7 +8,7 @@ transposes.
 import triton
 import triton.language as tl
 
-__all__ = ["LN2", "LOG2E", "adjust", "as_operand", "clamp_distance", "dropout_keep", "load_tile", "place"]
+__all__ = ["LN2", "LOG2E", "adjust", "as_operand", "clamp_distance", "dropout_keep", "load_rows", "load_tile", "place"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -44,6 +44,15 @@ def load_tile(pointers, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.const
     else:
         tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def load_rows(lse, delta, offset, inside):
+    """LSE in units of log₂ and delta of some queries; +inf and 0 where there is no query or no key."""
+    found = tl.load(lse + offset, mask=inside, other=float("-inf"))
+    empty = found == float("-inf")
+    rows = tl.where(empty, float("inf"), found * LOG2E)  # exp2(score − inf) = 0, also where the score is −inf
+    return rows, tl.where(empty, 0.0, tl.load(delta + offset, mask=inside, other=0.0))
 
 
 @triton.jit
