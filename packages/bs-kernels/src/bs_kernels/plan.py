@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from types import NoneType
 
 import numpy as np
 import torch
@@ -312,13 +313,27 @@ def _build(
     )
 
 
+def _batched_geometry(layout: BatchedLayout, given: tuple[Positions, ...]) -> dict[str, Tensor]:
+    """Bounds and starts of the blocks of a batched layout; copied from the host only where given as arrays."""
+    geometry = Geometry.of(layout.block_size, layout.seq_len, layout.shape[2:], *given)
+    if any(not isinstance(x, (int, NoneType)) for x in given[:2]) or any(x is not None for x in given[2:]):
+        return _geometry_tensors(geometry, layout.device)
+    first = [layout.seq_len[1] - layout.seq_len[0] if given[0] is None else given[0], given[1] or 0]
+    tensors = {}
+    for axis, name in enumerate(("q", "kv")):
+        blocks, block = layout.shape[2 + axis], layout.block_size[axis]
+        bounds = torch.arange(blocks + 1, dtype=torch.int32, device=layout.device) * block
+        bounds = bounds.clamp(max=layout.seq_len[axis])
+        tensors |= {f"{name}_bounds": bounds, f"{name}_start": bounds[:-1] + first[axis]}
+    return tensors
+
+
 def _build_batched(
     layout: BatchedLayout, token_mask: TokenMask, order: str | np.ndarray, given: tuple[Positions, ...]
 ) -> LayoutPlan:
     if not isinstance(order, str) or order not in ("auto", "longest_first"):
         raise ValueError(f"order: expected 'auto' or 'longest_first' for a BatchedLayout, got {order!r}")
-    geometry = Geometry.of(layout.block_size, layout.seq_len, layout.shape[2:], *given)
-    tensors = _geometry_tensors(geometry, layout.device)
+    tensors = _batched_geometry(layout, given)
     last = {
         "q_last": tensors["q_start"] + tensors["q_bounds"].diff() - 1,
         "kv_last": tensors["kv_start"] + tensors["kv_bounds"].diff() - 1,
