@@ -101,7 +101,6 @@ def test_auto_decides_from_what_is_given_and_says_why(kwargs, kind, why, caplog)
             ValueError,
             "attention: .*did you mean 'hierarchical'",
         ),
-        ("multihead", {**PROJECTED, "attention": "dilated"}, NotImplementedError, "attention: 'dilated'"),
         ("multihead", {**PROJECTED, "attention": "hilbert", "orders": 1}, TypeError, "orders: not an argument"),
     ],
 )

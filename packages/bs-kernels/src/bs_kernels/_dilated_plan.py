@@ -61,6 +61,11 @@ class PlannedPiece:
     plan: LayoutPlan
     earlier: tuple[Branch, ...]
 
+    @property
+    def pairwise(self) -> bool:
+        """Whether pairs are left out one by one, by a mask, rather than by blocks of the plan."""
+        return bool(self.earlier) and runs_left_out(self.piece, self.earlier) is None
+
 
 @dataclass(frozen=True, eq=False)
 class DilatedPlan:

@@ -6,6 +6,7 @@ from ._gate_scorer import ImportanceScorer
 from .adaptive import BlockSparseAdaptive
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import SparsePatternConfig
+from .dilated import DilatedAttention
 from .distributed import BlockSparseRingDistributedDilatedAttention
 from .distributed_config import DistributedSparseConfig
 from .explain import Explanation
@@ -31,6 +32,7 @@ __all__ = [
     "BlockSparseRingDilatedAttentionHilbertPostPattern",
     "BlockSparseRingDistributedDilatedAttention",
     "BlockSparseRingMultiheadDilatedAttention",
+    "DilatedAttention",
     "DistributedSparseConfig",
     "Explanation",
     "HierarchicalConfig",

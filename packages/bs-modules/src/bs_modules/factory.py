@@ -17,6 +17,7 @@ from ._checks import check_flag, check_int, suggest
 from .adaptive import BlockSparseAdaptive
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import SparsePatternConfig
+from .dilated import DilatedAttention
 from .distributed import BlockSparseRingDistributedDilatedAttention
 from .hierarchical import BlockSparseHierarchical, HierarchicalConfig
 from .hilbert import BlockSparseRingDilatedAttentionHilbertPostPattern
@@ -38,6 +39,7 @@ _VARIANTS: dict[str, _Variant] = {
     "adaptive": _Variant(BlockSparseAdaptive, AdaptiveConfig),
     "multihead": _Variant(BlockSparseRingMultiheadDilatedAttention),
     "hilbert": _Variant(BlockSparseRingDilatedAttentionHilbertPostPattern),
+    "dilated": _Variant(DilatedAttention),
     "distributed": _Variant(BlockSparseRingDistributedDilatedAttention),
 }
 _NOT_YET = tuple(name for name in ("adaptive", "distributed", "dilated") if name not in _VARIANTS)
