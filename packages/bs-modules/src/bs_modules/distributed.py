@@ -361,8 +361,9 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
                 key_padding_mask=key_padding_mask, segment_ids=segment_ids, attn_bias=attn_bias, return_lse=return_lse,
             )  # fmt: skip
         self.attention._check_inputs(q, k, v)
-        result_dtype = q.dtype
+        given_dtype = q.dtype
         q, k, v = self._as_computed(q, k, v)
+        result_dtype = given_dtype if self.mixed_precision else q.dtype  # autocast returns what it computes in
         check_shards(q, k, v)
         segments = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
         check_tokens("key_padding_mask", key_padding_mask, k, (torch.bool,))

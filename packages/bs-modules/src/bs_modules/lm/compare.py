@@ -10,6 +10,7 @@ from typing import Any
 from .data import Corpus
 from .run import Run
 from .settings import Settings
+from .team import Team
 from .train import Progress, Result, Trainer, steps_within, train
 
 SHORT_CONTEXT = 1024
@@ -28,11 +29,12 @@ def train_once(
     stop: Callable[[], bool],
     windows: list[Any] | None = None,
     visible: int | None = None,
+    team: Team | None = None,
 ) -> dict[str, Any]:
     """Trains a run unless it has ended, and returns (and keeps) its results."""
     found = finished(run)
     if found is None:
-        result: Result = train(run, corpus, progress, stop, windows=windows, visible=visible)
+        result: Result = train(run, corpus, progress, stop, windows=windows, visible=visible, team=team)
         run.write_json("results.json", result.to_dict())
         found = result.to_dict()
     return found

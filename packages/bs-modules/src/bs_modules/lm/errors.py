@@ -9,6 +9,10 @@ class RunError(RuntimeError):
     """Training cannot go on (NaN loss, a full disk): exit status 1."""
 
 
+class NotFinite(RunError):
+    """The loss is NaN or infinite; on every process of a team alike."""
+
+
 class Interruption(Exception):
     """Stopped by a signal after saving.
 

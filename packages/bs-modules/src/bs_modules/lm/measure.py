@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .model import ByteModel
+from .team import Team
 
 #: Position in the context, in tokens: 0–1K, 1–4K, 4–8K.
 POSITION_EDGES = (0, 1024, 4096, 8192)
@@ -57,7 +58,11 @@ def validated_text(windows: Sequence[np.ndarray]) -> np.ndarray:
 
 @torch.no_grad()
 def validate(
-    model: ByteModel, windows: Sequence[np.ndarray], device: torch.device, context: int | None = None
+    model: ByteModel,
+    windows: Sequence[np.ndarray],
+    device: torch.device,
+    context: int | None = None,
+    team: Team | None = None,
 ) -> Validation:
     """Scores the next byte at every position of every window.
 
@@ -67,16 +72,19 @@ def validate(
         device: Where the model is.
         context: Let the model see at most so many bytes: each window is cut into pieces of `context` that advance by
             half of it, and a byte is scored with the longer past. `None`: the whole window.
+        team: Processes that share the windows; each scores whole ones.
     """
     longest = max(len(window) for window in windows) - 1
     nats, count = np.zeros(longest), np.zeros(longest, np.int64)
-    for window in windows:
+    for window in windows if team is None else windows[team.rank :: team.world_size]:
         n = len(window) - 1
         for start, skip, stop in _pieces(n, context or n):
             piece = torch.from_numpy(window[start : stop + 1].copy()).to(device)[None]
             loss = model.loss(piece[:, :-1], piece[:, 1:], reduction="none")[0].double().cpu().numpy()
             nats[start + skip : stop] += loss[skip:]
         count[:n] += 1
+    if team is not None:
+        nats, count = team.sum(nats), team.sum(count)
     bits = nats / math.log(2)
     edges = [*POSITION_EDGES, *range(2 * POSITION_EDGES[-1], longest + POSITION_EDGES[-1], POSITION_EDGES[-1])]
     by_position = {

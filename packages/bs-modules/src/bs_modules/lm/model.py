@@ -128,18 +128,23 @@ class ByteModel(nn.Module):
         for block in self._blocks():
             block.reset_parameters(generator)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Scores of the next byte: `uint8 or int64 [B, S] → fp32 [B, S, V]`."""
+    def forward(self, tokens_BS: Tensor, start: int = 0) -> Tensor:
+        """Scores of the next byte: `uint8 or int64 [B, S] → fp32 [B, S, V]`.
+
+        Args:
+            tokens_BS: The text, or a slice of it where the attention is spread over slices.
+            start: Position of the first of them.
+        """
         embedding = self.embedding.to(self.compute_dtype)
         x_BSE = self.embed(tokens_BS, embedding)
-        table = self.rotary(0, tokens_BS.shape[1], tokens_BS.device)
+        table = self.rotary(start, start + tokens_BS.shape[1], tokens_BS.device)
         for block in self._blocks():
             x_BSE = block(x_BSE, table)
         return self.score(x_BSE, embedding)
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, *, reduction: str = "mean") -> Tensor:
-        """Cross entropy in nats: a scalar, or `[B, S]` with `reduction="none"`."""
-        scores = self(tokens_BS)
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, *, reduction: str = "mean", start: int = 0) -> Tensor:
+        """Cross entropy in nats: a scalar, or `[B, S]` with `reduction="none"`; `start` as in `forward`."""
+        scores = self(tokens_BS, start)
         loss = F.cross_entropy(scores.flatten(0, 1), targets_BS.flatten().long(), reduction=reduction)
         return loss if reduction != "none" else loss.view(targets_BS.shape)
 

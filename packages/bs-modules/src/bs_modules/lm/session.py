@@ -25,6 +25,7 @@ from .report import TerminalProgress, compare_table, progress_bar, result_table,
 from .run import Run, locked, new_folder
 from .settings import DEFAULT_MINUTES, Settings, settings_from
 from .signals import StopSignals
+from .team import Team, assemble
 from .train import Interrupted, build_model, keep_freed_memory, resolve, steps_within
 from .yardsticks import yardsticks
 
@@ -57,19 +58,19 @@ def train_session(folder: Path, given: dict[str, Any], *, resume: bool, compare:
                     soft_wrap=True,
                 )
             _check_comparable(run.settings, compare)
-            with locked(folder):
-                _train_and_report(run, corpus, console, stop, compare)
+            with locked(folder), assemble(run.settings) as team:
+                _train_and_report(run, corpus, console, stop, compare, team)
             return
         settings = settings_from(given, "settings")
         _check_comparable(settings, compare)
         corpus = load_corpus(settings.data, settings.context)
         settings = resolve(settings)
         new_folder(folder)
-        with locked(folder):
-            settings = _with_steps(settings, corpus, begun)
+        with locked(folder), assemble(settings) as team:
+            settings = _with_steps(settings, corpus, begun, team)
             _stop_early(stop)
             facts = {"text": corpus.digest, "source": corpus.description, "torch": torch.__version__}
-            _train_and_report(Run.create(folder, settings, facts), corpus, console, stop, compare)
+            _train_and_report(Run.create(folder, settings, facts), corpus, console, stop, compare, team)
 
 
 def generate_session(
@@ -102,12 +103,15 @@ def trained_layout(settings: Settings) -> BlockLayout:
     return config.pattern().layout(settings.context, block_size=config.block_size, causal=True, density=density)
 
 
-def _train_and_report(run: Run, corpus: Corpus, console: Console, stop: StopSignals, compare: bool) -> None:
+def _train_and_report(
+    run: Run, corpus: Corpus, console: Console, stop: StopSignals, compare: bool, team: Team | None
+) -> None:
     settings = run.settings
     console.print(f"[bold]{run.path}[/bold]: {corpus.description}", soft_wrap=True)
     console.print(
         f"{len(corpus.train):,} bytes to train on, {len(corpus.validation):,} to validate on; {settings.steps:,} "
-        f"steps of {settings.batch} × {settings.context:,} tokens in {settings.dtype} on {settings.device}",
+        f"steps of {settings.batch} × {settings.context:,} tokens in {settings.dtype} on {settings.device}"
+        + (f", every sequence shared by {settings.nproc} processes" if team is not None else ""),
         soft_wrap=True,
     )
     try:
@@ -117,7 +121,7 @@ def _train_and_report(run: Run, corpus: Corpus, console: Console, stop: StopSign
                 return TerminalProgress(bar, name, steps)
 
             assert settings.steps is not None
-            result = train_once(run, corpus, watch("training", settings.steps), stop)
+            result = train_once(run, corpus, watch("training", settings.steps), stop, team=team)
         windows = validation_windows(corpus.validation, settings.context, settings.validation_bytes)
         marks = yardsticks(corpus.train, validated_text(windows))
         run.write_json("yardsticks.json", marks)
@@ -137,19 +141,21 @@ def _train_and_report(run: Run, corpus: Corpus, console: Console, stop: StopSign
     console.print(f"continue a prompt with: bsattn generate {run.path} --prompt 'def '", soft_wrap=True)
 
 
-def _with_steps(settings: Settings, corpus: Corpus, begun: float) -> Settings:
+def _with_steps(settings: Settings, corpus: Corpus, begun: float, team: Team | None) -> Settings:
     """Turns minutes into steps where steps were not given."""
     if settings.steps is not None:
         return settings
     minutes = settings.minutes or DEFAULT_MINUTES
     seconds = minutes * 60 - (time.perf_counter() - begun)
-    steps = steps_within(settings, corpus, seconds, validation=True)
+    steps = steps_within(settings, corpus, seconds, validation=True, team=team)
     return dataclasses.replace(settings, minutes=minutes, steps=steps)
 
 
 def _check_comparable(settings: Settings, compare: bool) -> None:
     if compare and settings.attention == "dense":
         raise InputError("compare: the run is dense itself; there is nothing to compare it with")
+    if compare and settings.nproc > 1:
+        raise InputError(f"compare: the dense controls run in one process, so they need nproc=1, got {settings.nproc}")
 
 
 def _stop_early(stop: StopSignals) -> None:

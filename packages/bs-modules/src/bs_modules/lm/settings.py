@@ -40,7 +40,9 @@ class Settings:
         warmup: Steps over which learning rates rise.
         cooldown: Share of the steps, at the end, over which they fall to zero.
         device, dtype: `"auto"`, or what torch calls them.
-        threads: CPU threads; recorded, because the bits depend on it. `None`: torch's choice.
+        threads: CPU threads; recorded, because the bits depend on it. `None`: torch's choice, shared by all processes.
+        nproc: Processes that share every sequence on this machine, each with a contiguous slice of it; recorded for the
+            same reason.
         save_seconds: Seconds between checkpoints.
         validation_bytes: At most so many bytes are validated on, evenly spread.
     """
@@ -71,13 +73,15 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
+    nproc: int = 1
     save_seconds: float = 20.0
     validation_bytes: int = 2**20
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _coerce(field.name, getattr(self, field.name)))
-        for name in ("context", "batch", "block_size", "width", "layers", "head_dim", "warmup", "validation_bytes"):
+        ones = ("context", "batch", "block_size", "width", "layers", "head_dim", "warmup", "validation_bytes", "nproc")
+        for name in ones:
             _require(name, getattr(self, name), "an integer ≥ 1", getattr(self, name) >= 1)
         for name in ("steps", "threads", "feed_forward", "window_size", "global_tokens"):
             value = getattr(self, name)
@@ -91,6 +95,15 @@ class Settings:
         _require("minutes", self.minutes, "a number > 0", self.minutes is None or 0 < self.minutes < math.inf)
         _require("dtype", self.dtype, f"auto, {', '.join(DTYPES)}", self.dtype in ("auto", *DTYPES))
         _require("attention", self.attention, "sparse or dense", self.attention in ("sparse", "dense"))
+        if self.nproc > 1:
+            blocks = -(-self.context // self.block_size)
+            most = f"an integer in [1, {blocks}] (a context of {self.context} tokens has {blocks} blocks to share)"
+            _require("nproc", self.nproc, most, self.nproc <= blocks)
+            _require(
+                "nproc", self.nproc, "1 with dense attention, which one process computes", self.attention == "sparse"
+            )
+            on_cpu = self.device.split(":")[0] in ("auto", "cpu")
+            _require("nproc", self.nproc, f"1 on {self.device}, because only CPU processes share", on_cpu)
         if self.pattern not in PATTERN_TYPES:
             near = suggest(self.pattern, list(PATTERN_TYPES))
             raise InputError(f"pattern: expected one of {', '.join(PATTERN_TYPES)}, got {self.pattern!r}{near}")

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from bs_comm import Placement
+
 from ..factory import create_block_sparse_attention
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import Corpus, batch_at
-from .errors import InputError, RunError
+from .errors import InputError, NotFinite, RunError
 from .measure import (
     Validation,
     attention_share,
@@ -31,6 +33,7 @@ from .model import ByteModel, DenseAttention
 from .optimizer import Muon
 from .run import Run
 from .settings import Settings
+from .team import Team, gathered_attention
 
 _WARM_STEPS, _TIMED_STEPS = 2, 5
 # Small validations on the way, and windows in each.
@@ -77,14 +80,24 @@ class Interrupted(Exception):
 class Trainer:
     """Model, optimizer and position of one run.
 
+    With a team every process has a trainer of its own with all the weights, and a slice of every sequence; what the
+    first one does, the others do with it. Gradients are summed over the processes, so weights stay equal.
+
     Args:
         settings: With device, dtype and threads resolved.
         corpus: The text.
+        team: The processes that share every sequence, as many as `settings.nproc`; `None`: this one alone.
     """
 
-    def __init__(self, settings: Settings, corpus: Corpus) -> None:
-        self.settings, self.corpus = settings, corpus
+    def __init__(self, settings: Settings, corpus: Corpus, team: Team | None = None) -> None:
+        self.settings, self.corpus, self.team = settings, corpus, team
         self.device = torch.device(settings.device)
+        self.start, self.stop = 0, settings.context
+        if team is not None:
+            place = Placement.contiguous(settings.context, team.world_size, block_size=settings.block_size)
+            self.stop = int(place.lengths[: team.rank + 1].sum())
+            self.start = self.stop - int(place.lengths[team.rank])
+            team.tell("begin", settings, corpus)
         self.reset()
 
     def reset(self) -> None:
@@ -94,7 +107,7 @@ class Trainer:
         self.seconds = 0.0
         self.peak_memory = 0
         torch.manual_seed(settings.seed)  # nothing here draws from it; a dropout of the attention would
-        self.model = build_model(settings).to(self.device)
+        self.model = build_model(settings, spread=self.team is not None).to(self.device)
         half = settings.dtype == "bfloat16"
         self.optimizer = Muon(
             *self.model.parameter_groups(),
@@ -118,15 +131,49 @@ class Trainer:
         Raises:
             RunError: The loss is not finite; nothing was updated.
         """
-        loss = self.model.loss(*self.batch(self.step))
-        loss.backward()
-        bits = loss.item() / math.log(2)
+        loss = self._team_loss(rate) if self.team is not None else self._loss()
+        bits = loss / math.log(2)
         if not math.isfinite(bits):
-            raise RunError(f"the loss is {bits} at step {self.step}")
+            raise NotFinite(f"the loss is {bits} at step {self.step}")
         self.optimizer.step(rate)
         self.optimizer.zero_grad()
         self.step += 1
         return bits
+
+    def _loss(self) -> float:
+        """The loss of the step in nats; gradients are left in the parameters."""
+        loss = self.model.loss(*self.batch(self.step))
+        loss.backward()
+        return loss.item()
+
+    def _team_loss(self, rate: float) -> float:
+        """The same, from this process's slice and those of the others.
+
+        Raises:
+            RunError: Another process failed.
+        """
+        assert self.team is not None
+        self.team.tell("train_step", rate, self.step)
+        tokens, targets = (x[:, self.start : self.stop] for x in self.batch(self.step))
+        try:
+            loss = self.model.loss(tokens, targets, reduction="sum", start=self.start)
+            loss = loss / (self.settings.batch * self.settings.context)
+            loss.backward()
+            gradients = [p.grad for p in self.model.parameters()]
+            return self.team.sum_gradients(loss.item(), [g for g in gradients if g is not None])
+        except RuntimeError as error:  # RingPeerError is one, and so is what a collective raises
+            raise RunError(self.team.what_happened(error)) from error
+
+    def validate(self, windows: list[Any], visible: int | None = None) -> Validation:
+        """Scores windows of text; see `measure.validate`."""
+        if self.team is None:
+            return validate(self.model, windows, self.device, visible)
+        self.team.tell("validate", windows, visible)
+        with gathered_attention(self.model):
+            try:
+                return validate(self.model, windows, self.device, visible, self.team)
+            except RuntimeError as error:
+                raise RunError(self.team.what_happened(error)) from error
 
     def probe_step(self) -> None:
         """Takes a whole step that leaves the weights alone (the optimizer's averages move)."""
@@ -160,6 +207,8 @@ class Trainer:
             InputError: It is corrupt, or was made by a model of another shape.
         """
         found = load_checkpoint(folder)
+        if self.team is not None:
+            self.team.tell("load", folder)
         state = {n.removeprefix("model."): t for n, t in found.tensors.items() if n.startswith("model.")}
         optimizer = {n.removeprefix("optimizer."): t for n, t in found.tensors.items() if n.startswith("optimizer.")}
         try:
@@ -179,13 +228,19 @@ class Trainer:
         return validation_windows(self.corpus.validation, settings.context, settings.validation_bytes)
 
 
-def build_model(settings: Settings) -> ByteModel:
-    """The model of a run, freshly initialised; its attention comes from the public factory."""
+def build_model(settings: Settings, *, spread: bool = False) -> ByteModel:
+    """The model of a run, freshly initialised; its attention comes from the public factory.
+
+    Args:
+        settings: Of the run.
+        spread: Whether the attention is over the slices of several processes.
+    """
 
     def attention(layer: int) -> nn.Module:
         if settings.attention == "dense":
             return DenseAttention()
-        return create_block_sparse_attention("base", sparse_config=shared, num_heads=config.heads)
+        variant = "distributed" if spread else "base"
+        return create_block_sparse_attention(variant, sparse_config=shared, num_heads=config.heads)
 
     config, shared = settings.model_config(), settings.sparse_config()
     return ByteModel(config, attention, compute_dtype=getattr(torch, settings.dtype), seed=settings.seed)
@@ -199,6 +254,7 @@ def train(
     *,
     windows: list[Any] | None = None,
     visible: int | None = None,
+    team: Team | None = None,
 ) -> Result:
     """Trains to the last step of the run's settings, from its checkpoint if it has one.
 
@@ -209,6 +265,7 @@ def train(
         stop: Asked after every step; when it says yes, the run is saved and left.
         windows: What to validate on; `None`: windows of the run's own context.
         visible: Let validation see at most so many bytes; see `validate`.
+        team: As for `Trainer`.
 
     Raises:
         Interrupted: `stop` said yes.
@@ -216,7 +273,7 @@ def train(
     """
     settings = run.settings
     assert settings.steps is not None
-    trainer = Trainer(settings, corpus)
+    trainer = Trainer(settings, corpus, team)
     if run.started:
         trainer.load(run.checkpoint)
     run.rewind_metrics(trainer.step)
@@ -234,7 +291,7 @@ def train(
             trainer.seconds += seconds
             record = {"step": step, "bits_per_byte": bits, "rate": rate, "seconds": trainer.seconds}
             if trainer.step % max(settings.steps // _PROBES, 1) == 0 and trainer.step < settings.steps:
-                record["validation"] = validate(trainer.model, probe, trainer.device, visible).bits_per_byte
+                record["validation"] = trainer.validate(probe, visible).bits_per_byte
             run.log(record)
             progress.step(trainer.step, settings.steps, bits, tokens_per_step * trainer.step / trainer.seconds)
             if stop():
@@ -253,7 +310,7 @@ def train(
     share = attention_share(trainer.model, trainer.probe_step)
     density = density_met(trainer.model, settings)
     return Result(
-        validation=validate(trainer.model, windows, trainer.device, visible),
+        validation=trainer.validate(windows, visible),
         steps=settings.steps,
         tokens=settings.steps * tokens_per_step,
         seconds=trainer.seconds,
@@ -274,7 +331,9 @@ def density_met(model: ByteModel, settings: Settings) -> float:
     return layout(settings.context, is_causal=True).density
 
 
-def steps_within(settings: Settings, corpus: Corpus, seconds: float, *, validation: bool = False) -> int:
+def steps_within(
+    settings: Settings, corpus: Corpus, seconds: float, *, validation: bool = False, team: Team | None = None
+) -> int:
     """How many steps fit into some seconds, from a few timed ones whose effect is thrown away.
 
     Args:
@@ -283,9 +342,10 @@ def steps_within(settings: Settings, corpus: Corpus, seconds: float, *, validati
         seconds: Of training.
         validation: Whether the seconds, counted from now, are to hold validation, the probes that follow training and
             this very measurement too.
+        team: As for `Trainer`.
     """
     begun = time.perf_counter()
-    trainer = Trainer(settings, corpus)
+    trainer = Trainer(settings, corpus, team)
     times = []
     for _ in range(_WARM_STEPS + _TIMED_STEPS):
         start = time.perf_counter()
@@ -295,8 +355,9 @@ def steps_within(settings: Settings, corpus: Corpus, seconds: float, *, validati
     if validation:
         windows = trainer.windows()
         start = time.perf_counter()
-        validate(trainer.model, windows[:1], trainer.device)
-        scored = len(windows) + _PROBES * _PROBE_WINDOWS
+        at_once = settings.nproc  # a team scores as many windows in the time of one
+        trainer.validate(windows[:at_once])
+        scored = (len(windows) + _PROBES * _PROBE_WINDOWS) / at_once
         seconds -= (time.perf_counter() - start) * scored + 4 * per_step + _RESERVED_SECONDS
         seconds -= time.perf_counter() - begun
     return max(int(seconds / per_step), 1)
@@ -310,14 +371,14 @@ def resolve(settings: Settings) -> Settings:
     """
     device = settings.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and settings.nproc == 1 else "cpu"
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device: {settings.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     if torch.device(device).type not in ("cpu", "cuda"):
         raise InputError(f"device: expected auto, cpu or cuda, got {settings.device!r}")
-    threads = settings.threads or torch.get_num_threads()
+    threads = settings.threads or max(torch.get_num_threads() // settings.nproc, 1)
     torch.set_num_threads(threads)
     dtype = fast_dtype(torch.device(device)) if settings.dtype == "auto" else settings.dtype
     return dataclasses.replace(settings, device=device, dtype=dtype, threads=threads)
