@@ -211,3 +211,8 @@ def test_bad_calls():
         DilatedAttention(num_heads=4)(q, q, q)
     with pytest.raises(ValueError, match="num_heads: expected the number of query heads"):
         DilatedAttention().prepare(8)
+
+
+def test_a_ring_does_not_take_it_for_its_layout():
+    with pytest.raises(ValueError, match="attention: expected a variant that is its layout, got DilatedAttention"):
+        create_block_sparse_attention("distributed", attention=DilatedAttention())
