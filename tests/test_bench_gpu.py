@@ -1,0 +1,135 @@
+"""What the GPU benchmark does without a GPU: its layouts, its arithmetic and its page."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def bench():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        import bench_gpu
+
+        yield bench_gpu
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+
+
+@pytest.mark.parametrize("kind", ["random", "window", "skewed"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_layouts_have_about_the_density_asked_for(bench, kind, causal, density):
+    setting = bench.Setting(layout=kind, density=density, tokens=64 * 64, block=64, heads=4, kv_heads=4, causal=causal)
+    layout = bench.layout_of(setting)
+    assert layout.causal == causal
+    assert layout.density == pytest.approx(density, rel=0.25)
+    rows = layout.to_dense().sum(-1)
+    assert rows.min() > 0
+    if kind == "skewed" and density < 0.5:
+        assert layout.to_dense().sum(1).max() > 3 * layout.to_dense().sum(1).mean()
+
+
+def test_pairs_are_counted_token_by_token(bench):
+    for causal in (False, True):
+        setting = bench.Setting(density=0.3, tokens=256, block=32, heads=4, kv_heads=2, causal=causal)
+        layout = bench.layout_of(setting)
+        exact = layout.token_mask().sum() * setting.heads / layout.heads
+        assert bench.kept_pairs(layout, setting.heads) == exact
+        full = replace(setting, density=1.0)
+        assert bench.kept_pairs(bench.layout_of(full), setting.heads) == bench.dense_pairs(full)
+
+
+def test_records_say_what_follows_from_the_times(bench):
+    setting = bench.Setting(tokens=1024, head_dim=64, heads=2, kv_heads=2)
+    pairs = bench.dense_pairs(setting) / 4
+    times = {
+        "triton": {"forward": 1.0, "backward": 4.0},
+        "dense cudnn": {"forward": 3.0, "backward": 8.0},
+        "dense flash": {"forward": 5.0},
+        "flex": {"forward": 1.5},
+    }
+    record = bench.record_of(setting, pairs, times)
+    assert record["share"] == 0.25
+    assert record["tflops_forward"] == pytest.approx(pairs * 4 * 64 / 1e-3 / 1e12)
+    assert record["tflops_backward"] == pytest.approx(pairs * 10 * 64 / 4e-3 / 1e12)
+    assert record["eta_forward"] == 0.75
+    assert record["best_dense_forward"] == "cudnn"
+    assert record["eta_backward"] == 0.5
+    assert record["over_flex_forward"] == 1.5
+    assert "over_flex_backward" not in record
+
+
+def test_sections_ask_for_what_the_command_line_says(bench):
+    args = bench.parse(["--densities", "0.1", "--head-dims", "64", "--tokens", "2048", "4096", "--dtype", "float16"])
+    speed = list(bench.settings("speed", args))
+    assert [(s.head_dim, s.causal, s.density, s.dtype) for s in speed] == [
+        (64, False, 0.1, "float16"),
+        (64, True, 0.1, "float16"),
+    ]
+    assert [s.tokens for s in bench.settings("length", args)] == [2048, 4096]
+    for section in bench.SECTIONS:
+        assert list(bench.settings(section, args))
+    for bad in (["--tokens", "1000"], ["--densities", "0"], ["--only", "nothing"]):
+        with pytest.raises(SystemExit):
+            bench.parse(bad)
+
+
+def test_flex_gets_the_same_blocks(bench, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    setting = bench.Setting(density=0.3, tokens=512, block=128, heads=2, kv_heads=2, causal=True)
+    layout = bench.layout_of(setting)
+    eye = torch.eye
+    monkeypatch.setattr(torch, "eye", lambda n, dtype, device: eye(n, dtype=dtype))
+    mask = bench.block_mask_of(layout, bench.causal_mod)
+    dense = torch.from_numpy(layout.to_dense())
+    assert torch.equal(mask.to_dense()[0].bool(), dense)
+    assert int(mask.kv_num_blocks.sum()) == int(dense.diagonal(dim1=1, dim2=2).sum())
+
+
+def test_a_page_without_measurements_says_so_and_nothing_else(bench, tmp_path):
+    bench.gpu_report.write(tmp_path)
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.endswith("\nNot yet measured.\n")
+
+
+def test_a_page_shows_every_device_and_what_is_missing(bench, tmp_path):
+    setting = bench.Setting(causal=True)
+    record = bench.record_of(setting, 1e9, {"triton": {"forward": 2.0}, "dense cudnn": {"forward": 9.0}})
+    device = {"name": "GPU of a test", "processors": 1, "memory_gib": 1, "torch": "t", "triton": "r", "cuda": "c"}
+    found = {"device": device, "checked_cases": 3, "speed": [record]}
+    for name in ("a", "b"):
+        (tmp_path / f"gpu-{name}.json").write_text(json.dumps(found))
+    bench.gpu_report.write(tmp_path)
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("## GPU of a test\n") == 2
+    assert f"{record['tflops_forward']:.0f}" in text
+    assert text.count("Not yet measured.") == 2 * 5
+    assert "η" in bench.gpu_report.line(record)
+
+
+def test_the_committed_page_is_that_of_the_committed_files(bench, tmp_path):
+    folder = ROOT / "docs" / "benchmarks"
+    files = sorted(folder.glob("gpu-*.json"))
+    assert (folder / "gpu.md").read_text() == bench.gpu_report.page([json.loads(f.read_text()) for f in files])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "bench_gpu.py")], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode != 0
+    assert "torch sees no GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_names_of_files(bench):
+    assert bench.slug("NVIDIA H200 141GB (HBM3e)") == "nvidia-h200-141gb-hbm3e"
