@@ -1,0 +1,412 @@
+"""Measures every variant of bs-modules; writes docs/benchmarks/variants.json and the page of tables beside it.
+
+    python tools/bench_variants.py                       # everything: under eight minutes on two cores
+    python tools/bench_variants.py --tokens 1024 --rounds 3 --out /tmp/variants.json
+    python tools/bench_variants.py --only training hilbert
+
+Variants take turns in one process: a round runs each of them once, the base module among them. Reported are the median
+over the rounds with quartiles, and the median of the ratios to the base of the same round. Every backend that runs is
+watched: if it is another than the optimised one of the device, the benchmark fails. Peak memory is measured in a
+process of its own for each variant and length. Training steps run in bf16 autocast through the public module; they fail
+if the loss does not fall or a parameter gets no gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import variants_orders
+import variants_report
+from bench_cpu import machine
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+from bs_kernels.dispatch import BACKENDS
+from bs_kernels.watch import BackendRun, watch
+from bs_modules import create_block_sparse_attention, get_block_sparse_preset
+
+OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "variants.json"
+SECTIONS = ("variants", "memory", "training", "equal", "hilbert")
+VARIANTS = ("base", "hierarchical", "adaptive", "hilbert", "multihead", "distributed", "dilated")
+DENSITY, BLOCK, HEADS, DIM = 0.1, 64, 4, 64
+DTYPE = torch.bfloat16
+DENSE_UP_TO = 8192  # tokens; a dense backward at 32,768 takes longer than all the rest together
+
+
+# -- contestants -------------------------------------------------------------------------------------------------------
+
+
+def offered() -> list[str]:
+    """The variants that this version of the factory has."""
+    found = []
+    for variant in VARIANTS:
+        try:
+            make(variant)
+        except NotImplementedError:
+            continue
+        found.append(variant)
+    return found
+
+
+def make(variant: str) -> nn.Module:
+    """The module of a variant at the density of the benchmark, where one can be asked for."""
+    if variant == "multihead":
+        arguments: dict[str, Any] = {"embed_dim": HEADS * DIM, "num_heads": HEADS, "batch_first": True}
+        return create_block_sparse_attention(variant, sparsity_ratio=DENSITY, block_size=BLOCK, **arguments)
+    if variant == "dilated":
+        return create_block_sparse_attention(variant)
+    if variant == "hierarchical":
+        return create_block_sparse_attention(variant, sparsity_ratio=DENSITY)
+    if variant == "adaptive":
+        return create_block_sparse_attention(variant, base_sparsity=1 - DENSITY, block_size=BLOCK)
+    return create_block_sparse_attention(variant, sparsity_ratio=DENSITY, block_size=BLOCK)
+
+
+def asked(variant: str) -> float | None:
+    """The density asked for; exact LongNet has its own."""
+    return None if variant == "dilated" else DENSITY
+
+
+def operands(variant: str, tokens: int) -> list[Tensor]:
+    """What the variant is called with: q, k, v, or three times the same x for the multihead module."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, tokens, HEADS * DIM) if variant == "multihead" else (1, tokens, HEADS, DIM)
+    count = 1 if variant == "multihead" else 3
+    made = [torch.randn(shape, generator=generator).to(DTYPE).requires_grad_() for _ in range(count)]
+    return made * (3 // count)
+
+
+def runners(variant: str, module: nn.Module, tokens: int) -> dict[str, Callable[[], Any]]:
+    """Forward without gradients, and forward with backward, both causal."""
+    tensors = operands(variant, tokens)
+    module.to(DTYPE)
+    more = {"need_weights": False} if variant == "multihead" else {}
+
+    def call() -> Tensor:
+        out = module(*tensors, is_causal=True, **more)
+        return out[0] if isinstance(out, tuple) else out
+
+    with torch.no_grad():
+        cotangent = torch.randn(call().shape).to(DTYPE)
+    wanted = [*dict.fromkeys(tensors), *(p for p in module.parameters() if p.requires_grad)]
+
+    def both() -> None:
+        torch.autograd.grad(call(), wanted, cotangent, allow_unused=True)
+
+    return {"forward": torch.no_grad()(call), "both": both}
+
+
+def dense_runners(tokens: int) -> dict[str, Callable[[], Any]]:
+    """Dense attention of torch on tensors in the layout that is fastest for it."""
+    tensors = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in operands("base", tokens)]
+    cotangent = torch.randn(tensors[0].shape).to(DTYPE)
+
+    def call() -> Tensor:
+        return scaled_dot_product_attention(*tensors, is_causal=True)  # pyright: ignore[reportArgumentType]
+
+    return {"forward": torch.no_grad()(call), "both": lambda: torch.autograd.grad(call(), tensors, cotangent)}
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def optimised() -> str:
+    """The backend that has to run on this machine's CPU."""
+    native = next(backend for backend in BACKENDS if backend.name == "native")
+    module: Any = create_block_sparse_attention("base")
+    probe = module.explain(*operands("base", 256), is_causal=True)
+    if probe.backend != native.name:
+        raise SystemExit(f"bench_variants: expected the native backend, but {probe.backend} would run:\n{probe}")
+    return native.name
+
+
+@contextmanager
+def only(backend: str, what: str) -> Iterator[None]:
+    """Fail if any other backend runs, or none."""
+    ran: set[str] = set()
+
+    def note(event: object) -> None:
+        if isinstance(event, BackendRun):
+            ran.add(event.backend)
+
+    with watch(note):
+        yield
+    if ran != {backend}:
+        raise SystemExit(f"bench_variants: {what}: meant to measure {backend!r}, but {sorted(ran)} ran")
+
+
+def take_turns(
+    contestants: dict[str, Callable[[], Any]], rounds: int, backend: str, against: str
+) -> dict[str, dict[str, float]]:
+    """Milliseconds and ratios to one contestant, round by round; two rounds warm up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for at in range(rounds + 2):
+        for name, run in contestants.items():
+            if name == "dense":
+                seconds = _timed(run)
+            else:
+                with only(backend, name):
+                    seconds = _timed(run)
+            if at > 1:
+                times[name].append(seconds * 1e3)
+    found = {}
+    for name, values in times.items():
+        low, mid, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        found[name] = {"ms": round(mid, 3), "q1": round(low, 3), "q3": round(high, 3)}
+        ratios = [own / base for own, base in zip(values, times[against], strict=True)]
+        found[name]["ratio"] = round(statistics.median(ratios), 3)
+    return found
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def section_variants(options: argparse.Namespace, backend: str) -> list[dict[str, Any]]:
+    """Time of every variant, forward and both, beside the base and dense attention."""
+    records = []
+    for tokens in options.tokens:
+        rounds = options.rounds or (15 if tokens <= 4096 else 9 if tokens <= 16_384 else 5)
+        modules = {variant: make(variant) for variant in offered()}
+        runs = {variant: runners(variant, module, tokens) for variant, module in modules.items()}
+        if tokens <= DENSE_UP_TO:
+            runs["dense"] = dense_runners(tokens)
+        found: dict[str, dict[str, Any]] = {}
+        for phase, training in (("forward", False), ("both", True)):
+            for module in modules.values():
+                module.train(training)
+            found[phase] = take_turns({name: run[phase] for name, run in runs.items()}, rounds, backend, "base")
+        for name in runs:
+            met = 1.0 if name == "dense" else modules[name].get_pattern_stats()["density"]  # pyright: ignore[reportCallIssue]
+            records.append(
+                {
+                    "variant": name,
+                    "tokens": tokens,
+                    "rounds": rounds,
+                    "asked": 1.0 if name == "dense" else asked(name),
+                    "met": round(float(met), 5),
+                    "backend": "torch's own" if name == "dense" else backend,
+                    **{phase: found[phase][name] for phase in ("forward", "both")},
+                }
+            )
+            print(f"  {tokens:6} {name:12} {found['forward'][name]['ms']:9.2f} {found['both'][name]['ms']:9.2f} ms")
+    return records
+
+
+def section_memory(options: argparse.Namespace, backend: str) -> list[dict[str, Any]]:
+    """Peak memory of every variant, each in a process of its own."""
+    records = []
+    for tokens in options.tokens:
+        for variant in offered():
+            words = [sys.executable, __file__, "--child", variant, str(tokens), backend]
+            done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+            if done.returncode:
+                raise SystemExit(f"bench_variants: the child for {variant} at {tokens} tokens failed:\n{done.stderr}")
+            records.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"  {tokens:6} {variant:12} {records[-1]}")
+    return records
+
+
+def child(variant: str, tokens: int, backend: str) -> None:
+    """Peak resident memory over what is there before the call, printed as JSON."""
+    torch.manual_seed(0)
+    module = make(variant)
+    small = runners(variant, module, 512)  # loads what a first call loads
+    small["forward"]()
+    small["both"]()
+    tensors = operands(variant, tokens)
+    run = runners(variant, module, tokens)  # its first call builds layout and plan
+    found: dict[str, Any] = {"variant": variant, "tokens": tokens}
+    held = sum(x.numel() * x.element_size() for x in dict.fromkeys(tensors))
+    found["inputs_mib"] = round(held / 2**20, 2)
+    for phase in ("forward", "both"):
+        module.train(phase == "both")
+        gc.collect()
+        with only(backend, variant):
+            found[f"{phase}_mib"] = _peak(run[phase])
+    print(json.dumps(found))
+
+
+def _peak(run: Callable[[], Any]) -> float | None:
+    """MiB above the start; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what earlier calls left, which would hide what this one takes
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    except OSError:
+        return None
+
+    def kib(name: str) -> int:
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1])
+
+    before = kib("VmRSS")
+    run()
+    return round((kib("VmHWM") - before) / 1024, 2)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+class Copier(nn.Module):
+    """Embeddings of tokens and positions, one attention, and an output layer."""
+
+    def __init__(self, variant: str, tokens: int, vocabulary: int = 64) -> None:
+        super().__init__()
+        self.variant = variant
+        width = HEADS * DIM
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(tokens, width)
+        self.inward = nn.Identity() if variant == "multihead" else nn.Linear(width, 3 * width)
+        self.attention = make(variant)
+        self.outward = nn.Linear(width, vocabulary)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) + self.positions.weight
+        if self.variant == "multihead":
+            attended = self.attention(x, x, x, is_causal=True, need_weights=False)[0]
+        else:
+            q, k, v = self.inward(x).unflatten(-1, (3, HEADS, DIM)).unbind(2)
+            attended = self.attention(q, k, v, is_causal=True).flatten(-2)
+        return self.outward(x + attended)
+
+
+def section_training(options: argparse.Namespace, backend: str) -> list[dict[str, Any]]:
+    """Optimizer steps of every variant in bf16."""
+    tokens = min(8192, max(options.tokens))
+    records = []
+    for variant in offered():
+        torch.manual_seed(0)
+        model = Copier(variant, tokens)
+        ids = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(1))
+        losses, times, missing = [], [], []
+        optimizer = None
+        for step in range(options.steps):
+            begin = time.perf_counter()
+            with only(backend, f"training {variant}"):
+                with torch.autocast("cpu", DTYPE):
+                    scores = model(ids)
+                    loss = cross_entropy(scores[0, 4:].float(), ids[0, :-4])
+                # The first call makes the parameters that are lazy.
+                optimizer = optimizer or torch.optim.AdamW(model.parameters(), 3e-3)
+                optimizer.zero_grad()
+                loss.backward()
+            if step == 0:
+                missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+            optimizer.step()
+            losses.append(round(float(loss.detach()), 4))
+            times.append((time.perf_counter() - begin) * 1e3)
+        if missing:
+            raise SystemExit(f"bench_variants: training {variant}: no gradient for {', '.join(missing)}")
+        if not losses[-1] < losses[0]:
+            raise SystemExit(f"bench_variants: training {variant}: the loss did not fall: {losses}")
+        records.append(
+            {
+                "variant": variant,
+                "tokens": tokens,
+                "steps": options.steps,
+                "losses": losses,
+                "step_ms": round(statistics.median(times[1:] or times), 1),
+                "backend": backend,
+                "met": round(float(model.attention.get_pattern_stats()["density"]), 5),  # pyright: ignore[reportCallIssue]
+            }
+        )
+        print(f"  {variant:12} loss {losses[0]:.3f} → {losses[-1]:.3f}, {records[-1]['step_ms']} ms a step")
+    return records
+
+
+# -- levels at equal density, orders -----------------------------------------------------------------------------------
+
+
+def section_equal(options: argparse.Namespace, backend: str) -> list[dict[str, Any]]:
+    """The hierarchical presets beside the base at the density that their levels have."""
+    records = []
+    for tokens in options.tokens:
+        if tokens < 1024:
+            continue
+        for name in ("hierarchical_standard", "hierarchical_fine", "hierarchical_long"):
+            preset: Any = get_block_sparse_preset(name)
+            density = preset.layout(tokens, True).density
+            size = preset.sparse_config.block_size
+            base: Any = create_block_sparse_attention("base", sparsity_ratio=density, block_size=size)
+            runs = {"base": runners("base", base, tokens), name: runners("base", preset, tokens)}
+            rounds = options.rounds or 7
+            found = {
+                phase: take_turns({who: run[phase] for who, run in runs.items()}, rounds, backend, "base")
+                for phase in ("forward", "both")
+            }
+            records.append(
+                {
+                    "preset": name,
+                    "tokens": tokens,
+                    "block_size": size,
+                    "density": round(density, 5),
+                    "base_density": round(base.layout(tokens, True).density, 5),
+                    **{phase: {"preset": found[phase][name], "base": found[phase]["base"]} for phase in found},
+                }
+            )
+            print(f"  {tokens:6} {name:22} both × {found['both'][name]['ratio']} of the base's")
+    return records
+
+
+def section_hilbert(options: argparse.Namespace, backend: str) -> dict[str, Any]:
+    """Orders of processing, and orders of tokens; see `variants_orders`."""
+
+    def turns(contestants: dict[str, Callable[[], Any]], against: str) -> dict[str, dict[str, float]]:
+        return take_turns(contestants, options.rounds or 9, backend, against)
+
+    return variants_orders.measure(min(8192, max(options.tokens)), turns, HEADS, DIM, DTYPE)
+
+
+# -- command -----------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32_768], metavar="N")
+    parser.add_argument("--rounds", type=int, default=None, metavar="N", help="[5 to 15, by length]")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps of each variant [8]")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE")
+    parser.add_argument("--child", nargs=3, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        child(options.child[0], int(options.child[1]), options.child[2])
+        return
+    torch.manual_seed(0)
+    backend = optimised()
+    found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for name in options.only:
+        print(f"{name}:", flush=True)
+        begin = time.perf_counter()
+        where = machine() | {"load": round(os.getloadavg()[0], 2)}
+        records = globals()[f"section_{name}"](options, backend)
+        found[name] = {
+            "machine": where,
+            "settings": {"density": DENSITY, "block_size": BLOCK, "heads": HEADS, "head_dim": DIM, "dtype": "bfloat16"},
+            "seconds": round(time.perf_counter() - begin, 1),
+            "records": records,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        options.out.with_suffix(".md").write_text(variants_report.page(found), encoding="utf-8")
+    print(f"wrote {options.out} and {options.out.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    main()
