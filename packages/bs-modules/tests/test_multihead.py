@@ -342,6 +342,11 @@ BAD_CALLS = {
 }
 
 
+#: Code that looks at the message of `nn.MultiheadAttention` finds it in ours.
+SAME_WORDS = {"attn_mask 2-D", "attn_mask 3-D", "attn_mask 1-D", "attn_mask 4-D", "padding 1-D", "padding 3-D",
+              "query 1-D", "query 4-D", "key 2-D", "value 4-D", "int attn_mask", "int padding"}  # fmt: skip
+
+
 def outcome(function):
     """The exception that calling raises, without fused paths in the way."""
     try:
@@ -363,6 +368,8 @@ def test_rejects_what_the_dense_module_rejects_with_its_type(name, need_weights)
         assert isinstance(ours, (AttributeError, TypeError))
     else:
         assert type(ours) is type(theirs), f"{ours!r} instead of {theirs!r}"
+    if name in SAME_WORDS:
+        assert str(theirs).rstrip(".") in str(ours)
 
 
 @pytest.mark.parametrize("name", ["attn_mask 3-D", "padding 2-D", "key 3-D", "kdim", "vdim", "lengths"])
@@ -381,6 +388,8 @@ def test_rejects_unbatched_and_unequal_widths_likewise(name):
     theirs, ours = outcome(lambda: dense(**call)), outcome(lambda: sparse(**call))
     assert theirs is not None
     assert type(ours) is type(theirs)
+    if name in ("attn_mask 3-D", "padding 2-D", "key 3-D"):
+        assert str(theirs) in str(ours)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +429,7 @@ def test_mixed_mask_kinds_warn_like_the_dense_module_and_work():
     for mask, pad in ((masks[0], padding), (masks[1], torch.randn(2, 6))):
         with pytest.warns(UserWarning, match="mismatched"):
             want = dense(x, x, x, attn_mask=mask, key_padding_mask=pad)
-        with pytest.warns(UserWarning, match="deprecated"):
+        with pytest.warns(UserWarning, match="mismatched key_padding_mask and attn_mask is deprecated"):
             got = sparse(x, x, x, attn_mask=mask, key_padding_mask=pad)
         torch.testing.assert_close(got, want)
 
@@ -537,3 +546,84 @@ def test_shows_pattern_and_density_and_follows_its_configuration():
     sparse.sparse_config.sparsity_ratio = 0.5
     assert sparse.prepare(64).density == pytest.approx(0.5, abs=1 / 16)
     assert isinstance(sparse.attention, BlockSparseAttention)
+
+
+def test_a_mask_per_element_and_head_is_that_mask_for_the_element_alone():
+    _, sparse = pair(8, 4, sparse_config=dict(SPARSE))
+    query, key = torch.randn(6, 3, 8), torch.randn(9, 3, 8)
+    blocked = torch.rand(3, 6, 9) < 0.5
+    each = torch.zeros(3, 6, 9).masked_fill(blocked, -math.inf)
+    whole = sparse(query, key, key, attn_mask=each.repeat_interleave(4, 0))[0]
+    for n in range(3):
+        alone = sparse(query[:, n : n + 1], key[:, n : n + 1], key[:, n : n + 1], attn_mask=each[n])[0]
+        torch.testing.assert_close(whole[:, n : n + 1], alone)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(16, 2, {}), (8, 2, {"kdim": 4}), (8, 2, {"bias": False}), (8, 2, {"add_bias_kv": True})]
+)
+def test_state_dicts_that_do_not_fit_are_refused_like_the_dense_module_refuses_them(wrong):
+    dense, sparse = pair(8, 2)
+    width, heads, more = wrong
+    state = nn.MultiheadAttention(width, heads, **more).state_dict()
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    theirs, ours = outcome(lambda: dense.load_state_dict(state)), outcome(lambda: sparse.load_state_dict(state))
+    assert isinstance(theirs, RuntimeError)
+    assert type(ours) is type(theirs)
+    assert str(ours).replace(type(sparse).__name__, "MultiheadAttention") == str(theirs)
+    if not more:
+        assert all(torch.equal(value, before[name]) for name, value in sparse.state_dict().items())
+
+
+def test_attributes_that_code_looks_at():
+    for arguments in ({}, {"bias": False}, {"kdim": 4, "vdim": 6}, {"add_bias_kv": True}):
+        dense, sparse = pair(8, 2, **arguments)
+        for name in (
+            "in_proj_weight",
+            "in_proj_bias",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "bias_k",
+            "bias_v",
+        ):
+            theirs, ours = getattr(dense, name), getattr(sparse, name)
+            assert (theirs is None) == (ours is None), name
+        assert (dense.out_proj.bias is None) == (sparse.out_proj.bias is None)
+        assert type(sparse.out_proj) is type(dense.out_proj)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+def test_shapes_of_the_weights_with_appended_keys(batched, average, need_weights):
+    dense, sparse = pair(8, 2, add_bias_kv=True, add_zero_attn=True)
+    query, key = (torch.randn(n, 3, 8) if batched else torch.randn(n, 8) for n in (5, 7))
+    call = {"need_weights": need_weights, "average_attn_weights": average}
+    want, got = (module(query, key, key, **call) for module in (dense, sparse))
+    assert got[0].shape == want[0].shape
+    assert (got[1] is None) == (want[1] is None)
+    if need_weights:
+        assert got[1].shape == want[1].shape
+        torch.testing.assert_close(got, want)
+
+
+def test_batch_first_is_ignored_for_unbatched_inputs():
+    _, first = pair(8, 2, batch_first=True)
+    second = Multihead(8, 2, sparse_config=dict(DENSE))
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(first(x, x, x), second(x, x, x))
+
+
+def test_a_hint_that_disagrees_with_its_mask_changes_nothing_that_the_mask_says():
+    """nn.MultiheadAttention calls a wrong hint undefined; here both act, so a masked key stays masked."""
+    _, sparse = pair(8, 2, batch_first=True)
+    x = torch.randn(1, 6, 8)
+    mask = torch.zeros(6, 6, dtype=torch.bool)
+    mask[:, 0] = True
+    mask[0, 0] = False
+    _, weights = sparse(x, x, x, attn_mask=mask, is_causal=True)
+    assert (weights[0, 1:, 0] == 0).all()
+    assert (weights.triu(1) == 0).all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 6))

@@ -41,7 +41,7 @@ def check_call(
     batch_first: bool,
     packed: bool,
 ) -> bool:
-    """Checks one call, raising the exception types of `nn.MultiheadAttention`.
+    """Checks one call, raising the exception types of `nn.MultiheadAttention`, and its words where it has any.
 
     Args:
         query, key, value, key_padding_mask, attn_mask: As given by the caller.
@@ -58,51 +58,80 @@ def check_call(
     batched = query.dim() == 3
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not torch.is_floating_point(mask):
-            raise AssertionError(f"{name}: expected a bool or floating dtype, got {mask.dtype}")
+            raise AssertionError(f"{name}: only bool and floating types of {name} are supported, got {mask.dtype}")
     if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:
         warnings.warn(
-            f"key_padding_mask and attn_mask: mixing {key_padding_mask.dtype} and {attn_mask.dtype} is deprecated, as "
-            "in nn.MultiheadAttention; use the same dtype for both",
+            "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead "
+            f"(got {key_padding_mask.dtype} and {attn_mask.dtype}).",
             stacklevel=4,
         )
     if query.is_nested or key.is_nested or value.is_nested:
         raise AssertionError(
-            "query, key, value: expected dense tensors, got a nested tensor; an nn.TransformerEncoder stops making "
-            "them when its use_nested_tensor is False"
+            "query, key, value: expected dense tensors, because block-sparse attention does not support NestedTensor; "
+            "an nn.TransformerEncoder stops making them when its use_nested_tensor is False"
         )
     if not batched and query.dim() != 2:
-        raise AssertionError(f"query: expected 2-D (unbatched) or 3-D (batched), got {query.dim()}-D")
+        raise AssertionError(
+            f"query: query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor"
+        )
+    which = "batched (3-D)" if batched else "unbatched (2-D)"
     if key.dim() != query.dim() or value.dim() != query.dim():
-        raise AssertionError(f"key, value: expected {query.dim()}-D like query, got {key.dim()}-D and {value.dim()}-D")
-    if query.shape[-1] != embed_dim:
-        raise AssertionError(f"query: expected {embed_dim} features, the embed_dim, got {query.shape[-1]}")
-    if packed and key.shape != value.shape:
-        raise AssertionError(f"value: expected the shape of key, {list(key.shape)}, got {list(value.shape)}")
-    if key.shape[:-1] != value.shape[:-1]:
-        raise AssertionError(f"value: expected key's length and batch {list(key.shape[:-1])}, got {list(value.shape)}")
+        raise AssertionError(
+            f"key, value: For {which} `query`, expected `key` and `value` to be {query.dim()}-D but found "
+            f"{key.dim()}-D and {value.dim()}-D tensors respectively"
+        )
     token, batch = (1, 0) if batch_first and batched else (0, 1)
     n = query.shape[batch] if batched else 1
+    lengths = (query.shape[token], key.shape[token])
+    _check_mask_ranks(key_padding_mask, attn_mask, batched, num_heads, lengths)
+    if query.shape[-1] != embed_dim:
+        raise AssertionError(
+            f"query: was expecting embedding dimension of {embed_dim}, the embed_dim, but got {query.shape[-1]}"
+        )
+    if packed and key.shape != value.shape:
+        raise AssertionError(f"value: key shape {key.shape} does not match value shape {value.shape}")
+    if key.shape[:-1] != value.shape[:-1]:
+        raise AssertionError(
+            f"value: key's sequence and batch dims {key.shape[:2]} do not match value's {value.shape[:2]}"
+        )
     if batched and key.shape[batch] != n:
         raise RuntimeError(f"key: expected a batch of {n}, that of query, got {key.shape[batch]}")
-    _check_masks(key_padding_mask, attn_mask, batched, n, num_heads, query.shape[token], key.shape[token])
+    _check_mask_shapes(key_padding_mask, attn_mask, batched, n, num_heads, lengths)
     return batched
 
 
-def _check_masks(
-    padding: Tensor | None, mask: Tensor | None, batched: bool, n: int, num_heads: int, len_q: int, len_k: int
+def _check_mask_ranks(
+    padding: Tensor | None, mask: Tensor | None, batched: bool, num_heads: int, lengths: tuple[int, int]
 ) -> None:
+    which, rank = ("batched (3-D)", 2) if batched else ("unbatched (2-D)", 1)
+    if padding is not None and padding.dim() != rank:
+        raise AssertionError(
+            f"key_padding_mask: For {which} `query`, expected `key_padding_mask` to be `None` or {rank}-D but found "
+            f"{padding.dim()}-D tensor instead"
+        )
+    if mask is not None and mask.dim() not in (2, 3):
+        raise AssertionError(
+            f"attn_mask: For {which} `query`, expected `attn_mask` to be `None`, 2-D or 3-D but found {mask.dim()}-D "
+            "tensor instead"
+        )
+    if mask is not None and not batched and mask.dim() == 3 and mask.shape != (num_heads, *lengths):
+        wanted = (num_heads, *lengths)
+        raise AssertionError(f"attn_mask: Expected `attn_mask` shape to be {wanted} but got {mask.shape}")
+
+
+def _check_mask_shapes(
+    padding: Tensor | None, mask: Tensor | None, batched: bool, n: int, num_heads: int, lengths: tuple[int, int]
+) -> None:
+    if mask is not None:
+        wanted = lengths if mask.dim() == 2 else (n * num_heads, *lengths)
+        if mask.shape != wanted:
+            raise RuntimeError(
+                f"attn_mask: The shape of the {mask.dim()}D attn_mask is {mask.shape}, but should be {wanted}."
+            )
     if padding is not None:
-        wanted = (n, len_k) if batched else (len_k,)
+        wanted = (n, lengths[1]) if batched else (lengths[1],)
         if padding.shape != wanted:
             raise AssertionError(f"key_padding_mask: expected shape {list(wanted)}, got {list(padding.shape)}")
-    if mask is not None:
-        if mask.dim() not in (2, 3):
-            raise AssertionError(f"attn_mask: expected 2-D or 3-D, got {mask.dim()}-D")
-        wanted = (len_q, len_k) if mask.dim() == 2 else (n * num_heads, len_q, len_k)
-        if mask.shape != wanted:
-            # nn.MultiheadAttention raises two types for this one mistake.
-            error = RuntimeError if batched or mask.dim() == 2 else AssertionError
-            raise error(f"attn_mask: expected shape {list(wanted)}, got {list(mask.shape)}")
 
 
 def check_mask_dtypes(dtype: torch.dtype, **masks: Tensor | None) -> None:
