@@ -4,8 +4,14 @@
 // does five products per tile. By blocks: one pass over rows for dQ and one over columns for dK and dV, seven products per
 // tile, but as many tasks as there are blocks. Both add the same terms to every gradient in the same order: the keys of a
 // row as the plan lists them, for a key first the heads of the group and then rows ascending. So the choice, and with it
-// the thread count, never changes bits.
+// the thread count, never changes bits. A page that several blocks read is summed by blocks, its readers in order.
+//
+// A gradient of attn_bias is a pass of its own, two products per tile, whose tasks own what they write: a row of blocks or,
+// where queries broadcast, a column, over all batch elements and heads that share it, in order.
 #pragma once
+#include "bias_gradient.h"
+#include "dropout.h"
+#include "pages.h"
 #include "problem.h"
 
 namespace {
@@ -18,12 +24,13 @@ class Backward {
   explicit Backward(const bsa_call& c)
       : c_(c),
         layout_(c),
+        drop_(c),
         keys_(c, c.k, c.dim, Operand<V>::Natural),
         keys_paired_(c, c.k, c.dim, Operand<V>::Paired),
         values_(c, c.v, c.v_dim, Operand<V>::Natural) {}
 
   int run(int64_t* need) {
-    const bool by_heads = c_.split == BSA_SPLIT_AUTO ? heads_are_faster() : c_.split == BSA_SPLIT_HEADS;
+    bool by_heads = c_.split == BSA_SPLIT_AUTO ? heads_are_faster() : c_.split == BSA_SPLIT_HEADS;
     const long largest = largest_block();
     const long sums = (by_heads ? c_.kv_len : largest) * (d_pad_ + v_pad_);
     const long own = round_up(sums + kTiles * tile_floats() + scratch_floats(), 16);
@@ -33,6 +40,8 @@ class Backward {
     arena.plan(separate() ? keys_paired_.bytes() : 0);
     arena.plan(values_.bytes());
     arena.plan(KeyBlocks::bytes(c_) + 256);
+    arena.plan(PageReaders::bytes(c_));
+    arena.plan(bias_tasks() * long(sizeof(double)));
     if (need) {
       *need = arena.size();
       return BSA_OK;
@@ -43,10 +52,15 @@ class Backward {
     if (separate()) keys_paired_.use(arena.take<float>(keys_paired_.bytes() / 4));
     values_.use(arena.take<float>(values_.bytes() / 4));
     info_.take(c_, arena);
+    readers_.take(c_, arena);
+    readers_.build(c_);
+    if (readers_.shared) by_heads = false;
+    bias_sums_ = arena.take<double>(bias_tasks());
 
-    Counter packs, rows, columns;
+    Counter packs, rows, columns, biases;
     const bool prepare = keys_.packed() || separate() || values_.packed() || info_.padded || info_.lowest;
     const long heads = c_.batch * c_.kv_heads, row_tasks = c_.batch * c_.q_heads * c_.q_blocks;
+    const long column_tasks = c_.page_table ? c_.kv_heads * readers_.count : heads * c_.kv_blocks;
     run_team(c_.num_threads, [&](int thread) {
       Space s(*this, space + thread * own, by_heads ? c_.kv_len : largest);
       if (prepare) {
@@ -62,9 +76,11 @@ class Backward {
         for (long x; (x = columns.take()) < heads;) head_task(x / c_.kv_heads, x % c_.kv_heads, s);
       } else {
         for (long x; (x = rows.take()) < row_tasks;) row_task(x, s);
-        for (long x; (x = columns.take()) < heads * c_.kv_blocks;) column_task(x, s);
+        for (long x; (x = columns.take()) < column_tasks;) c_.page_table ? page_task(x, s) : column_task(x, s);
       }
+      for (long x; (x = biases.take()) < bias_tasks();) bias_task(x, s);
     });
+    if (c_.dattn_bias && !c_.dattn_bias_query && !c_.dattn_bias_key) add_bias_sums();
     return BSA_OK;
   }
 
@@ -167,14 +183,21 @@ class Backward {
                    dq.token * element_size(c_.result_dtype), c_.result_dtype, scratch);
   }
 
-  // Writes the finished sums of key block j; `dk` and `dv` are its first rows.
-  void store_keys(long b, long kv_head, long j, float* dk, const float* dv) const {
+  // Writes the finished sums of `count` keys from `token` of batch element (or page) b.
+  void store_keys(long b, long kv_head, long token, long count, float* dk, float* dv) const {
     bsa_tensor to_k = c_.dk, to_v = c_.dv;
-    for (long n = 0; n < layout_.kv_size(j); ++n) {
+    for (long n = 0; n < count; ++n) {
       for (long x = 0; x < c_.dim; ++x) dk[n * d_pad_ + x] *= c_.scale;
-      store_row<V>(dk + n * d_pad_, c_.result_dtype, c_.dim, at(to_k, c_.result_dtype, b, c_.kv_bounds[j] + n, kv_head));
-      store_row<V>(dv + n * v_pad_, c_.result_dtype, c_.v_dim, at(to_v, c_.result_dtype, b, c_.kv_bounds[j] + n, kv_head));
+      if (drop_.on)
+        for (long x = 0; x < c_.v_dim; ++x) dv[n * v_pad_ + x] *= drop_.scale;
+      store_row<V>(dk + n * d_pad_, c_.result_dtype, c_.dim, at(to_k, c_.result_dtype, b, token + n, kv_head));
+      store_row<V>(dv + n * v_pad_, c_.result_dtype, c_.v_dim, at(to_v, c_.result_dtype, b, token + n, kv_head));
     }
+  }
+
+  void clear(Space& s, long keys) const {
+    std::memset(s.dk, 0, size_t(keys * d_pad_) * 4);
+    std::memset(s.dv, 0, size_t(keys * v_pad_) * 4);
   }
 
   // Walks the keys of one row; `dk`, `dv` are indexed by token.
@@ -197,13 +220,15 @@ class Backward {
   }
 
   void head_task(long b, long kv_head, Space& s) const {
-    std::memset(s.dk, 0, size_t(c_.kv_len * d_pad_) * 4);
-    std::memset(s.dv, 0, size_t(c_.kv_len * v_pad_) * 4);
+    clear(s, c_.kv_len);
     const long g = layout_.group();
     for (long h = kv_head * g; h < kv_head * g + g; ++h)
       for (long i = 0; i < c_.q_blocks; ++i) row<Wants::All>(b, h, i, s);
-    for (long j = 0; j < c_.kv_blocks; ++j)
-      store_keys(b, kv_head, j, s.dk + c_.kv_bounds[j] * d_pad_, s.dv + c_.kv_bounds[j] * v_pad_);
+    for (long j = 0; j < c_.kv_blocks; ++j) {
+      if (c_.page_table && !layout_.referenced(b, kv_head, j)) continue;
+      const long page = c_.page_table ? c_.page_table[b * c_.kv_blocks + j] : b, token = c_.page_table ? 0 : c_.kv_bounds[j];
+      store_keys(page, kv_head, token, layout_.kv_size(j), s.dk + c_.kv_bounds[j] * d_pad_, s.dv + c_.kv_bounds[j] * v_pad_);
+    }
   }
 
   // Task x of the pass over rows: heads in order, longest rows first where one layout serves all heads.
@@ -214,9 +239,31 @@ class Backward {
 
   void column_task(long x, Space& s) const {
     const long rank = x % c_.kv_blocks, kv_head = x / c_.kv_blocks % c_.kv_heads, b = x / c_.kv_blocks / c_.kv_heads;
-    const long j = layout_.shared() ? c_.col_order[rank] : rank, size = layout_.kv_size(j), g = layout_.group();
-    std::memset(s.dk, 0, size_t(size * d_pad_) * 4);
-    std::memset(s.dv, 0, size_t(size * v_pad_) * 4);
+    const long j = layout_.shared() ? c_.col_order[rank] : rank;
+    clear(s, layout_.kv_size(j));
+    column(b, kv_head, j, s);
+    store_keys(b, kv_head, c_.kv_bounds[j], layout_.kv_size(j), s.dk, s.dv);
+  }
+
+  // All readers of one page, which may be blocks of different length.
+  void page_task(long x, Space& s) const {
+    const long kv_head = x / readers_.count, page = readers_.used[x % readers_.count];
+    long size = 0;
+    for (long r = readers_.begin[page]; r < readers_.begin[page + 1]; ++r) {
+      const long b = readers_.items[r] / c_.kv_blocks, j = readers_.items[r] % c_.kv_blocks, own = layout_.kv_size(j);
+      if (own > size) {
+        std::memset(s.dk + size * d_pad_, 0, size_t((own - size) * d_pad_) * 4);
+        std::memset(s.dv + size * v_pad_, 0, size_t((own - size) * v_pad_) * 4);
+        size = own;
+      }
+      column(b, kv_head, j, s);
+    }
+    store_keys(page, kv_head, 0, size, s.dk, s.dv);
+  }
+
+  // Adds what key block j receives to s.dk and s.dv.
+  void column(long b, long kv_head, long j, Space& s) const {
+    const long g = layout_.group();
     for (long h = kv_head * g; h < kv_head * g + g; ++h) {
       const long column = layout_.column(b, h, j);
       for (long y = c_.col_begin[column]; y < c_.col_end[column]; ++y) {
@@ -228,7 +275,116 @@ class Backward {
         }
       }
     }
-    store_keys(b, kv_head, j, s.dk, s.dv);
+  }
+
+  // -- the gradient of attn_bias --
+
+  long bias_batches() const { return c_.dattn_bias_batch ? c_.batch : 1; }
+  long bias_heads() const { return c_.dattn_bias_head ? c_.q_heads : 1; }
+  bool bias_of_keys() const { return c_.dattn_bias_key && !c_.dattn_bias_query; }
+  long bias_blocks() const { return bias_of_keys() ? c_.kv_blocks : c_.q_blocks; }
+  long bias_tasks() const { return c_.dattn_bias ? bias_batches() * bias_heads() * bias_blocks() : 0; }
+
+  // Everything that block `x` of a plane of attn_bias receives; the sum of it where queries and keys both broadcast.
+  void bias_task(long x, Space& s) {
+    const long block = x % bias_blocks(), plane_h = x / bias_blocks() % bias_heads(), plane_b = x / bias_blocks() / bias_heads();
+    const bool all_b = !c_.dattn_bias_batch, all_h = !c_.dattn_bias_head;
+    float* to = c_.dattn_bias + plane_b * c_.dattn_bias_batch + plane_h * c_.dattn_bias_head;
+    double sum = 0;
+    for (long b = plane_b; b < (all_b ? c_.batch : plane_b + 1); ++b)
+      for (long h = plane_h; h < (all_h ? c_.q_heads : plane_h + 1); ++h)
+        bias_of_keys() ? bias_column(b, h, block, to, s) : bias_row(b, h, block, to, s, sum);
+    bias_sums_[x] = sum;
+  }
+
+  void bias_row(long b, long h, long i, float* to, Space& s, double& sum) const {
+    const long r = layout_.row(b, h, i), kv_head = h / layout_.group();
+    for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1];) {
+      int used = 0;
+      for (; used < kTiles && q0 < c_.q_bounds[i + 1]; q0 += L) {
+        const long left = c_.q_bounds[i + 1] - q0;
+        load_tile(s.tiles[used++], b, h, i, q0, left < L ? left : L, s.scratch);
+      }
+      for (long x = c_.row_begin[r]; x < c_.row_end[r]; ++x)
+        each_piece(c_, x, [&](const Keys& keys) {
+          for (int t = 0; t < used; ++t) bias_visit(s.tiles[t], kv_head, keys, s, to, sum);
+        });
+    }
+  }
+
+  void bias_column(long b, long h, long j, float* to, Space& s) const {
+    const long column = layout_.column(b, h, j), kv_head = h / layout_.group();
+    double none = 0;
+    for (long y = c_.col_begin[column]; y < c_.col_end[column]; ++y) {
+      const long i = c_.t_rows[y];
+      for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1]; q0 += L) {
+        const long left = c_.q_bounds[i + 1] - q0;
+        load_tile(s.tiles[0], b, h, i, q0, left < L ? left : L, s.scratch);
+        each_piece(c_, c_.t_slots[y], [&](const Keys& keys) { bias_visit(s.tiles[0], kv_head, keys, s, to, none); });
+      }
+    }
+  }
+
+  void bias_visit(const Tile& t, long kv_head, Keys keys, Space& s, float* to, double& sum) const {
+    if (t.vectors == 2)
+      bias_visit<2>(t, kv_head, keys, s, to, sum);
+    else
+      bias_visit<1>(t, kv_head, keys, s, to, sum);
+  }
+
+  template <int MV>
+  void bias_visit(const Tile& t, long kv_head, Keys keys, Space& s, float* to, double& sum) const {
+    constexpr long lanes = MV * V::W;
+    TileMask mask;
+    if (!score<MV>(t, kv_head, keys, mask, s)) return;
+    const long rows = keys.count, stride_q = c_.dattn_bias_query, stride_k = c_.dattn_bias_key;
+    if (drop_.on) {
+      uint32_t keep[kKeys * MV];
+      drop_.keep<V, MV>(t.b, t.h, mask.query0, mask.key0, rows, keep);
+      pair_gradients<V, MV, true>(s.scores, s.dscores, rows, t.lse, t.delta, keep, drop_.scale);
+    } else {
+      pair_gradients<V, MV, false>(s.scores, s.dscores, rows, t.lse, t.delta, nullptr, 1.f);
+    }
+    to += t.token * stride_q + (c_.kv_bounds[keys.block] + keys.offset) * stride_k;
+    if (stride_q && stride_k)
+      add_pairs<V>(s.dscores, lanes, rows, t.count, to, stride_q, stride_k);
+    else if (stride_q)
+      add_keys<V, MV>(s.dscores, rows, t.count, to, stride_q);
+    else
+      for (long n = 0; n < rows; ++n) {
+        const float of_key = sum_queries<V, MV>(s.dscores + n * lanes);
+        if (stride_k)
+          to[n * stride_k] += of_key;
+        else
+          sum += of_key;
+      }
+  }
+
+  void add_bias_sums() const {
+    const long blocks = bias_blocks();
+    for (long x = 0; x < bias_tasks(); ++x) {
+      const long plane_h = x / blocks % bias_heads(), plane_b = x / blocks / bias_heads();
+      double sum = 0;
+      for (const long end = x + blocks - 1; x < end; ++x) sum += bias_sums_[x];
+      c_.dattn_bias[plane_b * c_.dattn_bias_batch + plane_h * c_.dattn_bias_head] = float(sum + bias_sums_[x]);
+    }
+  }
+
+  // -- one tile --
+
+  // Scores of a tile, masked, and dO V^T beside them; false when nothing is left. Cuts `keys` to what it computed.
+  template <int MV>
+  BSA_INLINE bool score(const Tile& t, long kv_head, Keys& keys, TileMask& mask, Space& s) const {
+    constexpr long lanes = MV * V::W;
+    if (!clip<V>(c_, info_, t, keys, mask)) return false;
+    const long rows = keys.count;
+    product<V, MV, Walk::Rows, Into::Score>(rows, units<V>(c_.dim), keys_.block(t.b, kv_head, keys.block, keys.offset),
+                                            keys_.row_bytes(), t.query_panel, lanes, s.scores, lanes, c_.scale,
+                                            bias_of(c_, t.b, t.h, keys.slot), s.peak);
+    if (mask.any()) mask_scores<V, MV>(s.scores, rows, mask, s.peak);
+    product<V, MV, Walk::Rows, Into::Set>(rows, units<V>(c_.v_dim), values_.block(t.b, kv_head, keys.block, keys.offset),
+                                          values_.row_bytes(), t.dout_panel, lanes, s.dscores, lanes);
+    return true;
   }
 
   template <Wants wants>
@@ -243,20 +399,20 @@ class Backward {
   void visit(Tile& t, long kv_head, Keys keys, Space& s, float* dk, float* dv) const {
     constexpr long lanes = MV * V::W;
     TileMask mask;
-    if (!clip<V>(c_, info_, t, keys, mask)) return;
+    if (!score<MV>(t, kv_head, keys, mask, s)) return;
     const long rows = keys.count, even = round_up(rows, V::PAIR);
-    product<V, MV, Walk::Rows, Into::Score>(rows, units<V>(c_.dim), keys_.block(t.b, kv_head, keys.block, keys.offset),
-                                            keys_.row_bytes(), t.query_panel, lanes, s.scores, lanes, c_.scale,
-                                            bias_of(c_, t.b, t.h, keys.slot), s.peak);
-    if (mask.any()) mask_scores<V, MV>(s.scores, rows, mask, s.peak);
-    product<V, MV, Walk::Rows, Into::Set>(rows, units<V>(c_.v_dim), values_.block(t.b, kv_head, keys.block, keys.offset),
-                                          values_.row_bytes(), t.dout_panel, lanes, s.dscores, lanes);
     if (even > rows)
       for (long l = 0; l < lanes; ++l) s.scores[rows * lanes + l] = -kInf, s.dscores[rows * lanes + l] = 0.f;
-    if (wants != Wants::Keys && c_.dblock_bias)
-      c_.dblock_bias[(t.b * c_.q_heads + t.h) * c_.bias_entries + c_.entries[keys.slot]] += score_gradients<MV, true>(t, even, s);
-    else
-      score_gradients<MV, false>(t, even, s);
+    const bool sums = wants != Wants::Keys && c_.dblock_bias;
+    float sum;
+    if (drop_.on) {
+      uint32_t keep[kKeys * MV];
+      drop_.keep<V, MV>(t.b, t.h, mask.query0, mask.key0, even, keep);
+      sum = sums ? score_gradients<MV, true, true>(t, even, s, keep) : score_gradients<MV, false, true>(t, even, s, keep);
+    } else {
+      sum = sums ? score_gradients<MV, true, false>(t, even, s, nullptr) : score_gradients<MV, false, false>(t, even, s, nullptr);
+    }
+    if (sums) c_.dblock_bias[(t.b * c_.q_heads + t.h) * c_.bias_entries + c_.entries[keys.slot]] += sum;
 
     const float* p = V::PAIR == 2 ? s.p_rows : s.scores;
     const float* ds = V::PAIR == 2 ? s.ds_rows : s.dscores;
@@ -279,29 +435,38 @@ class Backward {
     }
   }
 
-  // scores -> P, dscores -> dS; for PAIR 2 as bf16 rows, and dS also as interleaved pairs of keys. Returns the sum of dS.
-  template <int MV, bool sums>
-  __attribute__((noinline)) float score_gradients(const Tile& t, long rows, Space& s) const {
+  // scores -> P, dscores -> dS; for PAIR 2 as bf16 rows, and dS also as interleaved pairs of keys. Returns the sum of dS. With
+  // `drops`, P becomes what dropout keeps of it, not yet divided by 1 - p.
+  template <int MV, bool sums, bool drops>
+  __attribute__((noinline)) float score_gradients(const Tile& t, long rows, Space& s, const uint32_t* keep) const {
     constexpr long lanes = MV * V::W;
+    const typename V::f factor = V::all(drop_.scale);
     typename V::f total = V::all(0.f);
     for (int j = 0; j < MV; ++j) {
       const typename V::f lse = V::load(t.lse + j * V::W), delta = V::load(t.delta + j * V::W);
+      auto pair = [&](long n, typename V::f& p, typename V::f& d) {
+        const long x = n * lanes + j * V::W;
+        p = exp<V>(V::sub(V::load(s.scores + x), lse));
+        d = V::load(s.dscores + x);
+        if (drops) d = V::keep_bits(V::mul(d, factor), keep[n * MV + j]);
+        d = V::mul(p, V::sub(d, delta));
+        if (drops) p = V::keep_bits(p, keep[n * MV + j]);
+      };
       if constexpr (V::PAIR == 1) {
         for (long n = 0; n < rows; ++n) {
           const long x = n * lanes + j * V::W;
-          const typename V::f p = exp<V>(V::sub(V::load(s.scores + x), lse));
+          typename V::f p, d;
+          pair(n, p, d);
           V::store(s.scores + x, p);
-          const typename V::f d = V::mul(p, V::sub(V::load(s.dscores + x), delta));
           V::store(s.dscores + x, d);
           if (sums) total = V::add(total, d);
         }
       } else {
         for (long n = 0; n < rows; n += 2) {
           const long x = n * lanes + j * V::W, y = x + lanes;
-          const typename V::f p0 = exp<V>(V::sub(V::load(s.scores + x), lse));
-          const typename V::f p1 = exp<V>(V::sub(V::load(s.scores + y), lse));
-          const typename V::f d0 = V::mul(p0, V::sub(V::load(s.dscores + x), delta));
-          const typename V::f d1 = V::mul(p1, V::sub(V::load(s.dscores + y), delta));
+          typename V::f p0, p1, d0, d1;
+          pair(n, p0, d0);
+          pair(n + 1, p1, d1);
           V::store_bf16(s.p_rows + x / 2, p0);
           V::store_bf16(s.p_rows + y / 2, p1);
           V::store_bf16(s.ds_rows + x / 2, d0);
@@ -319,8 +484,11 @@ class Backward {
 
   const bsa_call& c_;
   Layout layout_;
+  Dropout drop_;
   Operand<V> keys_, keys_paired_, values_;
   KeyBlocks info_;
+  PageReaders readers_;
+  double* bias_sums_ = nullptr;  // [bias_tasks]
   // Padded to whole vectors: elements of a row in f32, and operands of a row.
   const long d_pad_ = round_up(c_.dim, V::W), v_pad_ = round_up(c_.v_dim, V::W);
   const long d_units_ = round_up(units<V>(c_.dim), V::W), v_units_ = round_up(units<V>(c_.v_dim), V::W);

@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 4
+#define BSA_ABI_VERSION 5
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
 enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
@@ -40,12 +40,20 @@ typedef struct {
   const int32_t *q_segments;     // [batch, q_len]
   const int32_t *kv_segments;    // [batch, kv_len]
   const float* sinks;            // [q_heads]
-  const int32_t* page_table;     // [batch, kv_blocks]; then the batch stride of k and v is the page stride
+  const int32_t* page_table;     // [batch, kv_blocks]; then k, v, dk and dv have pages for batch elements, dk and dv zeroed by the caller
+  int64_t pages;
   const float* block_bias;       // added to the scores of slot s: block_bias[b * bias_batch + h * bias_head + entries[s]]
   float* dblock_bias;            // [batch, q_heads, bias_entries], zeroed by the caller; null when not wanted
   int64_t bias_batch, bias_head, bias_entries;
   const void* attn_bias;         // f32 added to the scores, or bytes (nonzero = attend) with attn_bias_bool
   int64_t attn_bias_bool, attn_bias_batch, attn_bias_head, attn_bias_query, attn_bias_key;  // strides in elements, 0 broadcasts
+  // [batch or 1, q_heads or 1, q_len or 1, kv_len or 1] in f32, zeroed by the caller; null when not wanted. A stride of 0 sums.
+  float* dattn_bias;
+  int64_t dattn_bias_batch, dattn_bias_head, dattn_bias_query, dattn_bias_key;
+  const int64_t* dropout_seed;   // null without dropout: see dropout.h
+  uint32_t dropout_threshold;    // a probability is kept iff its word is at least this
+  float dropout_scale;           // of the kept ones
+  int64_t first_batch, first_head;  // what dropout counts batch elements and query heads from
 
   bsa_tensor q, k, v, out, dout, dq, dk, dv;
   float* lse;                    // [batch, q_heads, q_len]; written by forward, read by backward

@@ -1,5 +1,6 @@
 // Forward: one task per (batch, head, run of queries of one row); scores and running softmax never leave the cache.
 #pragma once
+#include "dropout.h"
 #include "problem.h"
 
 namespace {
@@ -12,7 +13,7 @@ template <class V>
 class Forward {
  public:
   explicit Forward(const bsa_call& c)
-      : c_(c), layout_(c), keys_(c, c.k, c.dim, Operand<V>::Natural), values_(c, c.v, c.v_dim, Operand<V>::Paired) {}
+      : c_(c), layout_(c), drop_(c), keys_(c, c.k, c.dim, Operand<V>::Natural), values_(c, c.v, c.v_dim, Operand<V>::Paired) {}
 
   int run(int64_t* need) {
     threads_ = c_.num_threads;
@@ -140,7 +141,13 @@ class Forward {
       for (long l = 0; l < lanes; ++l) scores[rows * lanes + l] = -kInf;
       ++rows;
     }
-    softmax_step<V, MV>(scores, rows, peak, tile.top, tile.sum, tile.out, c_.v_dim, tile.first);
+    if (drop_.on) {
+      uint32_t keep[kKeys * MV];
+      drop_.keep<V, MV>(tile.b, tile.h, mask.query0, mask.key0, rows, keep);
+      softmax_step<V, MV, true>(scores, rows, peak, tile.top, tile.sum, tile.out, c_.v_dim, tile.first, keep);
+    } else {
+      softmax_step<V, MV, false>(scores, rows, peak, tile.top, tile.sum, tile.out, c_.v_dim, tile.first, nullptr);
+    }
     const char* v = values_.block(tile.b, kv_head, keys.block, keys.offset);
     if (tile.first)
       product<V, MV, Walk::Columns, Into::Set>(c_.v_dim, rows / V::PAIR, v, values_.row_bytes(), scores, lanes, tile.out, lanes);
@@ -156,7 +163,7 @@ class Forward {
     float factor[L];
     for (long l = 0; l < tile.count; ++l) {
       const float sum = tile.sum[l];
-      factor[l] = sum == 0.f ? 0.f : 1.f / sum;
+      factor[l] = sum == 0.f ? 0.f : drop_.scale / sum;
       lse[l] = sum == 0.f ? -kInf : tile.top[l] + __builtin_logf(sum);
     }
     bsa_tensor out = c_.out;
@@ -166,6 +173,7 @@ class Forward {
 
   const bsa_call& c_;
   Layout layout_;
+  Dropout drop_;
   Operand<V> keys_, values_;
   KeyBlocks info_;
   int threads_ = 1;

@@ -92,10 +92,11 @@ __attribute__((noinline)) void mask_scores(float* s, long rows, const TileMask& 
 
 // One step of the running softmax. Replaces the scores of `rows` keys by probabilities relative to `top` (for PAIR 2: in bf16,
 // pairs of keys interleaved per lane; `rows` is even then). `top` moves only when a score is e^7 above it, so most tiles
-// leave the output alone; when it moves, `out` (v_dim rows of lanes) and `sum` are rescaled.
-template <class V, int MV>
+// leave the output alone; when it moves, `out` (v_dim rows of lanes) and `sum` are rescaled. With `drops`, probabilities whose
+// bit keep[n][j] is not set become 0 after they joined `sum`.
+template <class V, int MV, bool drops>
 __attribute__((noinline)) void softmax_step(float* s, long rows, const float* peak, float* top, float* sum, float* out, long v_dim,
-                                            bool first) {
+                                            bool first, const uint32_t* keep) {
   constexpr int L = MV * V::W;
   using f = typename V::f;
   f base[MV], total[MV];
@@ -120,17 +121,19 @@ __attribute__((noinline)) void softmax_step(float* s, long rows, const float* pe
   if constexpr (V::PAIR == 1) {
     for (long n = 0; n < rows; ++n)
       for (int j = 0; j < MV; ++j) {
-        const f p = exp<V>(V::sub(V::load(s + n * L + j * V::W), base[j]));
+        f p = exp<V>(V::sub(V::load(s + n * L + j * V::W), base[j]));
         total[j] = V::add(total[j], p);
+        if (drops) p = V::keep_bits(p, keep[n * MV + j]);
         V::store(s + n * L + j * V::W, p);
       }
   } else {
     float* to = s;  // the probabilities of keys n, n + 1 overwrite row n / 2
     for (long n = 0; n < rows; n += 2, to += L)
       for (int j = 0; j < MV; ++j) {
-        const f even = exp<V>(V::sub(V::load(s + n * L + j * V::W), base[j]));
-        const f odd = exp<V>(V::sub(V::load(s + (n + 1) * L + j * V::W), base[j]));
+        f even = exp<V>(V::sub(V::load(s + n * L + j * V::W), base[j]));
+        f odd = exp<V>(V::sub(V::load(s + (n + 1) * L + j * V::W), base[j]));
         total[j] = V::add(total[j], V::add(even, odd));
+        if (drops) even = V::keep_bits(even, keep[n * MV + j]), odd = V::keep_bits(odd, keep[(n + 1) * MV + j]);
         V::store(to + j * V::W, V::pair(even, odd));
       }
   }

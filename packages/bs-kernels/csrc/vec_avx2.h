@@ -52,6 +52,34 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  // As in vec_avx512.h.
+  struct words {
+    __m256i even, odd;
+  };
+  static words load_words(const uint32_t* p) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {x, _mm256_srli_epi64(x, 32)};
+  }
+  static words all_words(uint32_t x) { return {_mm256_set1_epi32(int(x)), _mm256_set1_epi32(int(x))}; }
+  static words multiply(words a, uint32_t b) {
+    const __m256i m = _mm256_set1_epi64x(b);
+    return {_mm256_mul_epu32(a.even, m), _mm256_mul_epu32(a.odd, m)};
+  }
+  static words high(words a) { return {_mm256_shuffle_epi32(a.even, 0xf5), _mm256_shuffle_epi32(a.odd, 0xf5)}; }
+  static words exclusive(words a, words b, words c) {
+    return {_mm256_xor_si256(a.even, _mm256_xor_si256(b.even, c.even)), _mm256_xor_si256(a.odd, _mm256_xor_si256(b.odd, c.odd))};
+  }
+  static uint32_t at_least(words a, uint32_t b) {
+    const __m256i both = _mm256_blend_epi32(a.even, _mm256_shuffle_epi32(a.odd, 0xa0), 0xaa);
+    const __m256i larger = _mm256_max_epu32(both, _mm256_set1_epi32(int(b)));
+    return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(both, larger))));
+  }
+  static f keep_bits(f x, uint32_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lane), lane);
+    return _mm256_and_ps(x, _mm256_castsi256_ps(set));
+  }
+
   static void transpose(const float* src, long ld, float* dst, long ldd) {
     __m256 r[8], t[8];
     for (int i = 0; i < 8; ++i) r[i] = load(src + i * ld);

@@ -53,6 +53,32 @@ struct Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  // W 32-bit words, each in the low half of a 64-bit lane, those of even and odd lanes apart. High halves hold anything.
+  struct words {
+    __m512i even, odd;
+  };
+  static words load_words(const uint32_t* p) {
+    const __m512i x = _mm512_loadu_si512(p);
+    return {x, _mm512_srli_epi64(x, 32)};
+  }
+  static words all_words(uint32_t x) { return {_mm512_set1_epi32(int(x)), _mm512_set1_epi32(int(x))}; }
+  static words multiply(words a, uint32_t b) {  // 64-bit products
+    const __m512i m = _mm512_set1_epi64(b);
+    return {_mm512_mul_epu32(a.even, m), _mm512_mul_epu32(a.odd, m)};
+  }
+  static words high(words a) {  // of 64-bit lanes
+    return {_mm512_shuffle_epi32(a.even, _MM_PERM_DDBB), _mm512_shuffle_epi32(a.odd, _MM_PERM_DDBB)};
+  }
+  static words exclusive(words a, words b, words c) {  // a ^ b ^ c
+    return {_mm512_ternarylogic_epi32(a.even, b.even, c.even, 0x96), _mm512_ternarylogic_epi32(a.odd, b.odd, c.odd, 0x96)};
+  }
+  static uint32_t at_least(words a, uint32_t b) {  // bit per lane: a >= b, unsigned
+    const __m512i both = _mm512_mask_shuffle_epi32(a.even, 0xaaaa, a.odd, _MM_PERM_CCAA);
+    return _mm512_cmpge_epu32_mask(both, _mm512_set1_epi32(int(b)));
+  }
+  // Lanes of x whose bit is set, the others 0.
+  static f keep_bits(f x, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), x); }
+
   // dst[c][r] = src[r][c] for a W x W tile of 32-bit values; leading dimensions in values.
   static void transpose(const float* src, long ld, float* dst, long ldd) {
     __m512 r[16], t[16];

@@ -92,6 +92,33 @@ struct Portable {
   static void to_half(uint16_t* p, f v) {
     for (int l = 0; l < 4; ++l) p[l] = float_to_half(v[l]);
   }
+  // As in vec_avx512.h, one word per element.
+  struct words {
+    uint64_t x[W];
+  };
+  static words load_words(const uint32_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  static words all_words(uint32_t x) { return {{x, x, x, x}}; }
+  static words multiply(words a, uint32_t b) {
+    for (uint64_t& x : a.x) x = uint64_t(uint32_t(x)) * b;
+    return a;
+  }
+  static words high(words a) {
+    for (uint64_t& x : a.x) x >>= 32;
+    return a;
+  }
+  static words exclusive(words a, words b, words c) {
+    for (int l = 0; l < W; ++l) a.x[l] ^= b.x[l] ^ c.x[l];
+    return a;
+  }
+  static uint32_t at_least(words a, uint32_t b) {
+    uint32_t bits = 0;
+    for (int l = 0; l < W; ++l) bits |= uint32_t(uint32_t(a.x[l]) >= b) << l;
+    return bits;
+  }
+  static f keep_bits(f x, uint32_t bits) {
+    const i lane = i{1, 2, 4, 8};
+    return (lane & int32_t(bits)) != 0 ? x : all(0.f);
+  }
   static void transpose(const float* src, long ld, float* dst, long ldd) {
     for (int r = 0; r < 4; ++r)
       for (int c = 0; c < 4; ++c) dst[c * ldd + r] = src[r * ld + c];

@@ -29,14 +29,7 @@ NAMES = [
 ]
 
 #: What a backend does not refuse, where that is less than everything.
-PART = {
-    "native": {
-        "arguments": [
-            name for name in ARGUMENTS if name not in ("attn_bias", "bool_bias", "block_bias", "dropout", "page_table")
-        ],
-        "dtypes": (torch.float32, torch.bfloat16, torch.float16),
-    }
-}
+PART = {"native": {"dtypes": (torch.float32, torch.bfloat16, torch.float16)}}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,10 +40,13 @@ def test_any_call_matches_the_oracle(name, data):
     check_against_oracle(case, backend=name)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "reference"])
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @given(data=st.data())
-def test_each_argument_alone(argument, data):
-    check_against_oracle(data.draw(cases(arguments=(), required=(argument,))), backend="torch")
+def test_each_argument_alone(argument, name, data):
+    case = data.draw(cases(arguments=(), required=(argument,), **PART.get(name, {})))
+    assume(can_run(case, name))
+    check_against_oracle(case, backend=name)
 
 
 EXCLUSIVE = ({"attn_bias", "bool_bias"}, {"order", "batched"})
@@ -59,11 +55,16 @@ PAIRS = [pair for pair in combinations(ARGUMENTS, 2) if set(pair) not in EXCLUSI
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_arguments_in_pairs(pair):
+    def sized(*dtypes):
+        return cases(arguments=(), required=pair, dtypes=dtypes, query_blocks=(4,), key_blocks=(7,))
+
     @settings(max_examples=3)  # 76 pairs; sizes are explored elsewhere
-    @given(case=cases(arguments=(), required=pair, dtypes=(torch.float64,), query_blocks=(4,), key_blocks=(7,)))
-    def check(case):
+    @given(case=sized(torch.float64), narrow=sized(*PART["native"]["dtypes"]))
+    def check(case, narrow):
         for name in ("torch", "reference"):
             check_against_oracle(case, backend=name)
+        if can_run(narrow, "native"):
+            check_against_oracle(narrow, backend="native")
 
     check()
 

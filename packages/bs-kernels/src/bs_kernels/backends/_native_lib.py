@@ -18,7 +18,7 @@ from bs_memory import default_pool
 __all__ = ["ISA_NAMES", "CoreCall", "CoreTensor", "NativeCore", "NativeUnavailableError", "load", "missing_reason"]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 4
+ABI_VERSION = 5
 #: Instruction sets by their number in csrc/call.h, slowest first.
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
 
@@ -62,11 +62,19 @@ class CoreCall(ctypes.Structure):
         ("band_lo", ctypes.c_int64),
         ("band_hi", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("key_padding", "q_segments", "kv_segments", "sinks", "page_table")),
+        ("pages", ctypes.c_int64),
         ("block_bias", ctypes.c_void_p),
         ("dblock_bias", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("bias_batch", "bias_head", "bias_entries")),
         ("attn_bias", ctypes.c_void_p),
         *((f"attn_bias_{name}", ctypes.c_int64) for name in ("bool", "batch", "head", "query", "key")),
+        ("dattn_bias", ctypes.c_void_p),
+        *((f"dattn_bias_{name}", ctypes.c_int64) for name in ("batch", "head", "query", "key")),
+        ("dropout_seed", ctypes.c_void_p),
+        ("dropout_threshold", ctypes.c_uint32),
+        ("dropout_scale", ctypes.c_float),
+        ("first_batch", ctypes.c_int64),
+        ("first_head", ctypes.c_int64),
         *((name, CoreTensor) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((name, ctypes.c_void_p) for name in ("lse", "delta", "workspace")),
         ("workspace_bytes", ctypes.c_int64),

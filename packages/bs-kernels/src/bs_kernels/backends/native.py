@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..philox import dropout_threshold
 from . import _native_lib
 from ._native_lib import ISA_NAMES, PLAN_LISTS, CoreCall, CoreTensor
 from .base import Call, Gradients, Needs, Problem
@@ -31,12 +32,6 @@ class NativeBackend:
             reasons.append(
                 f"it computes float32, bfloat16 and float16, not {str(problem.dtype).removeprefix('torch.')}"
             )
-        if problem.attn_bias_grad:
-            reasons.append("it has no gradient of attn_bias")
-        if problem.dropout:
-            reasons.append("it has no dropout")
-        if problem.paged and problem.backward:
-            reasons.append("it has no backward through paged K/V")
         if not reasons and (missing := _native_lib.missing_reason()):
             reasons.append(missing)
         return reasons
@@ -58,8 +53,13 @@ class NativeBackend:
         self, call: Call, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype
     ) -> Gradients:
         """See `Backend.backward`."""
-        dq, dk, dv = (torch.empty(t.shape, dtype=grad_dtype) for t in (call.q, call.k, call.v))
+        dq = torch.empty(call.q.shape, dtype=grad_dtype)
+        make = torch.empty if call.page_table is None else torch.zeros  # not every page has a reader
+        dk, dv = (make(t.shape, dtype=grad_dtype) for t in (call.k, call.v))
         dbias: Tensor | None = None
+        dattn: Tensor | None = None
+        if needs.attn_bias and call.attn_bias is not None:
+            dattn = torch.zeros(call.attn_bias.shape, dtype=torch.float32)
         if needs.block_bias and call.block_bias is not None:
             dbias = torch.zeros((call.q.shape[0], call.q.shape[2], call.block_bias.shape[-1]), dtype=torch.float32)
         if dq.numel() + dk.numel() + dv.numel():
@@ -69,10 +69,14 @@ class NativeBackend:
             args.lse, args.delta = _keep(lse, keep), _keep(delta, keep)
             if dbias is not None:
                 args.dblock_bias = dbias.data_ptr()
+            if dattn is not None:
+                args.dattn_bias = dattn.data_ptr()
+                strides = _broadcast_strides(dattn)
+                args.dattn_bias_batch, args.dattn_bias_head, args.dattn_bias_query, args.dattn_bias_key = strides
             core.run("backward", args)
         if dbias is not None and call.block_bias is not None:
             dbias = dbias.sum_to_size(call.block_bias.shape)
-        return Gradients(dq, dk, dv, block_bias=dbias)
+        return Gradients(dq, dk, dv, dattn, dbias)
 
 
 def _keep(tensor: Tensor, keep: list[Tensor]) -> int:
@@ -89,6 +93,11 @@ def _tensor(tensor: Tensor, keep: list[Tensor]) -> CoreTensor:
     keep.append(tensor)
     batch, token, head, _ = tensor.stride()
     return CoreTensor(tensor.data_ptr(), batch, token, head)
+
+
+def _broadcast_strides(tensor: Tensor) -> list[int]:
+    """Strides with 0 where a dimension broadcasts."""
+    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 def _arguments(call: Call, result_dtype: torch.dtype) -> tuple[_native_lib.NativeCore, CoreCall, list[Tensor]]:
@@ -136,12 +145,21 @@ def _arguments(call: Call, result_dtype: torch.dtype) -> tuple[_native_lib.Nativ
     if call.attn_bias is not None:
         bias = call.attn_bias.detach()
         args.attn_bias_bool = bias.dtype == torch.bool
+        for dim, stride in enumerate(bias.stride()):
+            if stride == 0:  # expanded: a copy in another dtype must not fill it in
+                bias = bias.narrow(dim, 0, min(1, bias.shape[dim]))
         if not args.attn_bias_bool:
             bias = bias.to(torch.float32)
         keep.append(bias)
-        strides = [0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)]
         args.attn_bias = bias.data_ptr()
+        strides = _broadcast_strides(bias)
         args.attn_bias_batch, args.attn_bias_head, args.attn_bias_query, args.attn_bias_key = strides
     if call.page_table is not None:
-        args.page_table = _keep(call.page_table, keep)
+        args.page_table = _keep(call.page_table.to(torch.int32), keep)
+        args.pages = call.k.shape[0]
+    if call.dropout_p and call.dropout_seed is not None:
+        args.dropout_seed = _keep(call.dropout_seed, keep)
+        args.dropout_threshold = dropout_threshold(call.dropout_p)
+        args.dropout_scale = 1 / (1 - call.dropout_p)
+        args.first_batch, args.first_head = call.first_batch, call.first_head
     return core, args, keep
