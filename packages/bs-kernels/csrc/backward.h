@@ -5,9 +5,6 @@
 // tile, but as many tasks as there are blocks. Both add the same terms to every gradient in the same order: the keys of a
 // row as the plan lists them, for a key first the heads of the group and then rows ascending. So the choice, and with it
 // the thread count, never changes bits. A page that several blocks read is summed by blocks, its readers in order.
-//
-// A gradient of attn_bias is a pass of its own, two products per tile, whose tasks own what they write: a row of blocks or,
-// where queries broadcast, a column, over all batch elements and heads that share it, in order.
 #pragma once
 #include "bias_gradient.h"
 #include "dropout.h"
@@ -27,7 +24,8 @@ class Backward {
         drop_(c),
         keys_(c, c.k, c.dim, Operand<V>::Natural),
         keys_paired_(c, c.k, c.dim, Operand<V>::Paired),
-        values_(c, c.v, c.v_dim, Operand<V>::Natural) {}
+        values_(c, c.v, c.v_dim, Operand<V>::Natural),
+        bias_(*this) {}
 
   int run(int64_t* need) {
     bool by_heads = c_.split == BSA_SPLIT_AUTO ? heads_are_faster() : c_.split == BSA_SPLIT_HEADS;
@@ -41,7 +39,7 @@ class Backward {
     arena.plan(values_.bytes());
     arena.plan(KeyBlocks::bytes(c_) + 256);
     arena.plan(PageReaders::bytes(c_));
-    arena.plan(bias_tasks() * long(sizeof(double)));
+    arena.plan(bias_.bytes());
     if (need) {
       *need = arena.size();
       return BSA_OK;
@@ -55,7 +53,7 @@ class Backward {
     readers_.take(c_, arena);
     readers_.build(c_);
     if (readers_.shared) by_heads = false;
-    bias_sums_ = arena.take<double>(bias_tasks());
+    bias_.use(arena.take<double>(bias_.tasks()));
 
     Counter packs, rows, columns, biases;
     const bool prepare = keys_.packed() || separate() || values_.packed() || info_.padded || info_.lowest;
@@ -78,13 +76,14 @@ class Backward {
         for (long x; (x = rows.take()) < row_tasks;) row_task(x, s);
         for (long x; (x = columns.take()) < column_tasks;) c_.page_table ? page_task(x, s) : column_task(x, s);
       }
-      for (long x; (x = biases.take()) < bias_tasks();) bias_task(x, s);
+      for (long x; (x = biases.take()) < bias_.tasks();) bias_.task(x, s);
     });
-    if (c_.dattn_bias && !c_.dattn_bias_query && !c_.dattn_bias_key) add_bias_sums();
+    bias_.finish();
     return BSA_OK;
   }
 
  private:
+  friend class BiasGradient<V>;
   static constexpr long L = 2 * V::W;
 
   // One tile of queries and everything that its products read.
@@ -277,101 +276,6 @@ class Backward {
     }
   }
 
-  // -- the gradient of attn_bias --
-
-  long bias_batches() const { return c_.dattn_bias_batch ? c_.batch : 1; }
-  long bias_heads() const { return c_.dattn_bias_head ? c_.q_heads : 1; }
-  bool bias_of_keys() const { return c_.dattn_bias_key && !c_.dattn_bias_query; }
-  long bias_blocks() const { return bias_of_keys() ? c_.kv_blocks : c_.q_blocks; }
-  long bias_tasks() const { return c_.dattn_bias ? bias_batches() * bias_heads() * bias_blocks() : 0; }
-
-  // Everything that block `x` of a plane of attn_bias receives; the sum of it where queries and keys both broadcast.
-  void bias_task(long x, Space& s) {
-    const long block = x % bias_blocks(), plane_h = x / bias_blocks() % bias_heads(), plane_b = x / bias_blocks() / bias_heads();
-    const bool all_b = !c_.dattn_bias_batch, all_h = !c_.dattn_bias_head;
-    float* to = c_.dattn_bias + plane_b * c_.dattn_bias_batch + plane_h * c_.dattn_bias_head;
-    double sum = 0;
-    for (long b = plane_b; b < (all_b ? c_.batch : plane_b + 1); ++b)
-      for (long h = plane_h; h < (all_h ? c_.q_heads : plane_h + 1); ++h)
-        bias_of_keys() ? bias_column(b, h, block, to, s) : bias_row(b, h, block, to, s, sum);
-    bias_sums_[x] = sum;
-  }
-
-  void bias_row(long b, long h, long i, float* to, Space& s, double& sum) const {
-    const long r = layout_.row(b, h, i), kv_head = h / layout_.group();
-    for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1];) {
-      int used = 0;
-      for (; used < kTiles && q0 < c_.q_bounds[i + 1]; q0 += L) {
-        const long left = c_.q_bounds[i + 1] - q0;
-        load_tile(s.tiles[used++], b, h, i, q0, left < L ? left : L, s.scratch);
-      }
-      for (long x = c_.row_begin[r]; x < c_.row_end[r]; ++x)
-        each_piece(c_, x, [&](const Keys& keys) {
-          for (int t = 0; t < used; ++t) bias_visit(s.tiles[t], kv_head, keys, s, to, sum);
-        });
-    }
-  }
-
-  void bias_column(long b, long h, long j, float* to, Space& s) const {
-    const long column = layout_.column(b, h, j), kv_head = h / layout_.group();
-    double none = 0;
-    for (long y = c_.col_begin[column]; y < c_.col_end[column]; ++y) {
-      const long i = c_.t_rows[y];
-      for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1]; q0 += L) {
-        const long left = c_.q_bounds[i + 1] - q0;
-        load_tile(s.tiles[0], b, h, i, q0, left < L ? left : L, s.scratch);
-        each_piece(c_, c_.t_slots[y], [&](const Keys& keys) { bias_visit(s.tiles[0], kv_head, keys, s, to, none); });
-      }
-    }
-  }
-
-  void bias_visit(const Tile& t, long kv_head, Keys keys, Space& s, float* to, double& sum) const {
-    if (t.vectors == 2)
-      bias_visit<2>(t, kv_head, keys, s, to, sum);
-    else
-      bias_visit<1>(t, kv_head, keys, s, to, sum);
-  }
-
-  template <int MV>
-  void bias_visit(const Tile& t, long kv_head, Keys keys, Space& s, float* to, double& sum) const {
-    constexpr long lanes = MV * V::W;
-    TileMask mask;
-    if (!score<MV>(t, kv_head, keys, mask, s)) return;
-    const long rows = keys.count, stride_q = c_.dattn_bias_query, stride_k = c_.dattn_bias_key;
-    if (drop_.on) {
-      uint32_t keep[kKeys * MV];
-      drop_.keep<V, MV>(t.b, t.h, mask.query0, mask.key0, rows, keep);
-      pair_gradients<V, MV, true>(s.scores, s.dscores, rows, t.lse, t.delta, keep, drop_.scale);
-    } else {
-      pair_gradients<V, MV, false>(s.scores, s.dscores, rows, t.lse, t.delta, nullptr, 1.f);
-    }
-    to += t.token * stride_q + (c_.kv_bounds[keys.block] + keys.offset) * stride_k;
-    if (stride_q && stride_k)
-      add_pairs<V>(s.dscores, lanes, rows, t.count, to, stride_q, stride_k);
-    else if (stride_q)
-      add_keys<V, MV>(s.dscores, rows, t.count, to, stride_q);
-    else
-      for (long n = 0; n < rows; ++n) {
-        const float of_key = sum_queries<V, MV>(s.dscores + n * lanes);
-        if (stride_k)
-          to[n * stride_k] += of_key;
-        else
-          sum += of_key;
-      }
-  }
-
-  void add_bias_sums() const {
-    const long blocks = bias_blocks();
-    for (long x = 0; x < bias_tasks(); ++x) {
-      const long plane_h = x / blocks % bias_heads(), plane_b = x / blocks / bias_heads();
-      double sum = 0;
-      for (const long end = x + blocks - 1; x < end; ++x) sum += bias_sums_[x];
-      c_.dattn_bias[plane_b * c_.dattn_bias_batch + plane_h * c_.dattn_bias_head] = float(sum + bias_sums_[x]);
-    }
-  }
-
-  // -- one tile --
-
   // Scores of a tile, masked, and dO V^T beside them; false when nothing is left. Cuts `keys` to what it computed.
   template <int MV>
   BSA_INLINE bool score(const Tile& t, long kv_head, Keys& keys, TileMask& mask, Space& s) const {
@@ -488,7 +392,7 @@ class Backward {
   Operand<V> keys_, keys_paired_, values_;
   KeyBlocks info_;
   PageReaders readers_;
-  double* bias_sums_ = nullptr;  // [bias_tasks]
+  BiasGradient<V> bias_;
   // Padded to whole vectors: elements of a row in f32, and operands of a row.
   const long d_pad_ = round_up(c_.dim, V::W), v_pad_ = round_up(c_.v_dim, V::W);
   const long d_units_ = round_up(units<V>(c_.dim), V::W), v_units_ = round_up(units<V>(c_.v_dim), V::W);

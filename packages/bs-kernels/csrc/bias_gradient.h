@@ -1,6 +1,10 @@
-// Gradients of pairs, dS = P (dP - delta) in f32, and the sums of a tile of them over what attn_bias broadcasts over.
+// The gradient of attn_bias: dS = P (dP - delta), summed over what the bias broadcasts over.
+//
+// A pass of its own beside those of backward.h, with two products per tile. A task owns what it writes: a row of blocks or, where
+// queries broadcast, a column; it walks all batch elements and heads that share it in order, so that threads never change bits.
 #pragma once
-#include "softmax.h"
+#include "dropout.h"
+#include "problem.h"
 
 namespace {
 
@@ -66,5 +70,113 @@ BSA_INLINE void add_keys(const float* tile, long rows, long count, float* to, lo
     for (long l = 0; l < V::W && j * V::W + l < count; ++l) to[(j * V::W + l) * stride] += lane[l];
   }
 }
+
+template <class V>
+class Backward;
+
+template <class V>
+class BiasGradient {
+ public:
+  explicit BiasGradient(const Backward<V>& kernel) : k_(kernel), c_(kernel.c_) {}
+
+  long tasks() const { return c_.dattn_bias ? batches() * heads() * blocks() : 0; }
+  long bytes() const { return tasks() * long(sizeof(double)); }
+  void use(double* sums) { sums_ = sums; }
+
+  // Everything that block `x % blocks()` of a plane of attn_bias receives.
+  void task(long x, typename Backward<V>::Space& s) {
+    const long block = x % blocks(), plane_h = x / blocks() % heads(), plane_b = x / blocks() / heads();
+    float* to = c_.dattn_bias + plane_b * c_.dattn_bias_batch + plane_h * c_.dattn_bias_head;
+    sums_[x] = 0;
+    for (long b = plane_b; b < (c_.dattn_bias_batch ? plane_b + 1 : c_.batch); ++b)
+      for (long h = plane_h; h < (c_.dattn_bias_head ? plane_h + 1 : c_.q_heads); ++h)
+        by_columns() ? column(b, h, block, to, s, sums_[x]) : row(b, h, block, to, s, sums_[x]);
+  }
+
+  // After all tasks: a plane whose queries and keys both broadcast is one number.
+  void finish() const {
+    if (c_.dattn_bias_query || c_.dattn_bias_key) return;
+    for (long x = 0; x < tasks(); ++x) {
+      float* to = c_.dattn_bias + x / blocks() / heads() * c_.dattn_bias_batch + x / blocks() % heads() * c_.dattn_bias_head;
+      double sum = 0;
+      for (const long last = x + blocks() - 1; x < last; ++x) sum += sums_[x];
+      *to = float(sum + sums_[x]);
+    }
+  }
+
+ private:
+  static constexpr long L = 2 * V::W;
+
+  long batches() const { return c_.dattn_bias_batch ? c_.batch : 1; }
+  long heads() const { return c_.dattn_bias_head ? c_.q_heads : 1; }
+  bool by_columns() const { return c_.dattn_bias_key && !c_.dattn_bias_query; }
+  long blocks() const { return by_columns() ? c_.kv_blocks : c_.q_blocks; }
+
+  void row(long b, long h, long i, float* to, typename Backward<V>::Space& s, double& sum) const {
+    const long r = k_.layout_.row(b, h, i);
+    for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1];) {
+      int used = 0;
+      for (; used < kTiles && q0 < c_.q_bounds[i + 1]; q0 += L) {
+        const long left = c_.q_bounds[i + 1] - q0;
+        k_.load_tile(s.tiles[used++], b, h, i, q0, left < L ? left : L, s.scratch);
+      }
+      for (long x = c_.row_begin[r]; x < c_.row_end[r]; ++x)
+        each_piece(c_, x, [&](const Keys& keys) {
+          for (int t = 0; t < used; ++t) visit(s.tiles[t], keys, s, to, sum);
+        });
+    }
+  }
+
+  void column(long b, long h, long j, float* to, typename Backward<V>::Space& s, double& sum) const {
+    const long column = k_.layout_.column(b, h, j);
+    for (long y = c_.col_begin[column]; y < c_.col_end[column]; ++y) {
+      const long i = c_.t_rows[y];
+      for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1]; q0 += L) {
+        const long left = c_.q_bounds[i + 1] - q0;
+        k_.load_tile(s.tiles[0], b, h, i, q0, left < L ? left : L, s.scratch);
+        each_piece(c_, c_.t_slots[y], [&](const Keys& keys) { visit(s.tiles[0], keys, s, to, sum); });
+      }
+    }
+  }
+
+  void visit(const typename Backward<V>::Tile& t, const Keys& keys, typename Backward<V>::Space& s, float* to, double& sum) const {
+    if (t.vectors == 2)
+      visit<2>(t, keys, s, to, sum);
+    else
+      visit<1>(t, keys, s, to, sum);
+  }
+
+  template <int MV>
+  void visit(const typename Backward<V>::Tile& t, Keys keys, typename Backward<V>::Space& s, float* to, double& sum) const {
+    constexpr long lanes = MV * V::W;
+    TileMask mask;
+    if (!k_.template score<MV>(t, t.h / k_.layout_.group(), keys, mask, s)) return;
+    const long rows = keys.count, stride_q = c_.dattn_bias_query, stride_k = c_.dattn_bias_key;
+    if (k_.drop_.on) {
+      uint32_t keep[kKeys * MV];
+      k_.drop_.template keep<V, MV>(t.b, t.h, mask.query0, mask.key0, rows, keep);
+      pair_gradients<V, MV, true>(s.scores, s.dscores, rows, t.lse, t.delta, keep, k_.drop_.scale);
+    } else {
+      pair_gradients<V, MV, false>(s.scores, s.dscores, rows, t.lse, t.delta, nullptr, 1.f);
+    }
+    to += t.token * stride_q + (c_.kv_bounds[keys.block] + keys.offset) * stride_k;
+    if (stride_q && stride_k)
+      add_pairs<V>(s.dscores, lanes, rows, t.count, to, stride_q, stride_k);
+    else if (stride_q)
+      add_keys<V, MV>(s.dscores, rows, t.count, to, stride_q);
+    else
+      for (long n = 0; n < rows; ++n) {
+        const float of_key = sum_queries<V, MV>(s.dscores + n * lanes);
+        if (stride_k)
+          to[n * stride_k] += of_key;
+        else
+          sum += of_key;
+      }
+  }
+
+  const Backward<V>& k_;
+  const bsa_call& c_;
+  double* sums_ = nullptr;  // of each task, where queries and keys broadcast
+};
 
 }  // namespace

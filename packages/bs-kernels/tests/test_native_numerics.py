@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +47,8 @@ class Case:
     sinks: bool = False
     block_bias: tuple[bool, bool] | None = None  # per batch element, per head
     attn_bias: tuple[str, tuple[bool, bool, bool, bool]] | None = None  # bool or float, and which dims do not broadcast
+    dropout: float = 0.0
+    pages: str = ""  # "own": every block its page, "shared": several blocks read one
     logits: float = 1.0
     seed: int = 0
 
@@ -60,7 +65,7 @@ class Case:
         def ids(length: int) -> Tensor:
             return torch.randint(0, 3, (self.batch, length), generator=draw).sort(1).values.to(torch.int32)
 
-        return Call(
+        call = Call(
             q=normal(self.batch, q_len, heads, dim, scale=self.logits),
             k=normal(self.batch, kv_len, self.kv_heads, dim),
             v=normal(self.batch, kv_len, self.kv_heads, v_dim),
@@ -72,7 +77,12 @@ class Case:
             sinks=torch.randn(heads, generator=draw) if self.sinks else None,
             block_bias=self._bias(int(layout.nnz), draw),
             attn_bias=self._attn_bias(draw),
+            dropout_p=self.dropout,
+            dropout_seed=torch.tensor(self.seed * 0x9E3779B97F4A7C15 % 2**63 - 2**62) if self.dropout else None,
+            first_batch=self.seed % 3,
+            first_head=self.seed % 5,
         )
+        return paged(call, rng, shared=self.pages == "shared") if self.pages else call
 
     def _attn_bias(self, draw: torch.Generator) -> Tensor | None:
         if self.attn_bias is None:
@@ -89,6 +99,36 @@ class Case:
         return torch.randn(
             self.batch if batch else 1, self.kv_heads * self.group if heads else 1, entries, generator=draw
         )
+
+
+def paged(call: Call, rng: np.random.Generator, *, shared: bool) -> Call:
+    """The same call on random pages, some unread, with rubbish in the table where nothing is active."""
+    plan, block = call.plan, call.plan.block_size[1]
+    blocks = call.q.shape[0] * plan.kv_blocks
+    pages = max(1, blocks // 2 if shared else blocks + 2)
+    table = rng.integers(0, pages, blocks) if shared else rng.permutation(pages)[:blocks]
+    table = torch.from_numpy(table.reshape(call.q.shape[0], plan.kv_blocks)).to(torch.int32)
+    active = (plan.col_end > plan.col_begin).any(1).expand(table.shape)
+    draw = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    pools = (torch.randn(pages, block, *x.shape[2:], generator=draw).to(x.dtype) for x in (call.k, call.v))
+    k, v = pools
+    return replace(call, k=k, v=v, page_table=table.where(active, 10**6))
+
+
+def token_pages(call: Call) -> tuple[Tensor, Tensor]:
+    """Page and offset of every key, 0 where nothing reads it."""
+    assert call.page_table is not None
+    block = torch.arange(call.plan.seq_len[1]) // call.plan.block_size[1]
+    page = call.page_table.to(torch.int64)[:, block]
+    offset = torch.arange(call.plan.seq_len[1]) % call.plan.block_size[1]
+    return page.where(page < call.k.shape[0], 0), offset.expand(page.shape)
+
+
+def without_pages(call: Call) -> Call:
+    if call.page_table is None:
+        return call
+    where = token_pages(call)
+    return replace(call, k=call.k[where], v=call.v[where], page_table=None)
 
 
 @st.composite
@@ -110,6 +150,8 @@ def cases(draw: st.DrawFn) -> Case:
         sinks=draw(st.booleans()),
         attn_bias=draw(st.none() | st.tuples(st.sampled_from(("bool", "float")), st.tuples(*[st.booleans()] * 4))),
         block_bias=draw(st.none() | st.tuples(st.booleans(), st.booleans())),
+        dropout=draw(st.sampled_from((0.0, 0.0, 0.1, 0.7))),
+        pages=draw(st.sampled_from(("", "", "own", "shared"))),
         logits=draw(st.sampled_from((1.0, 1.0, 30.0))),
         seed=draw(st.integers(0, 2**16)),
     )
@@ -139,27 +181,41 @@ class Dense:
     Attributes:
         values: out, dq, dk, dv.
         sizes: of each, the largest sum of the absolute values of its terms: what rounding is relative to.
-        block_size: the same for the gradient of a block bias, bounded by the sum over all pairs.
+        bias_sizes: the same for the gradients of attn_bias and of block_bias (bounded by the sum over all pairs).
     """
 
     def __init__(self, call: Call, dout: Tensor, lse: Tensor, delta: Tensor) -> None:
-        exact, group, dtype = doubled(call), call.q.shape[2] // call.k.shape[2], call.q.dtype
+        exact, group, dtype = doubled(without_pages(call)), call.q.shape[2] // call.k.shape[2], call.q.dtype
         heads = (exact.q, *(x.repeat_interleave(group, 2) for x in (exact.k, exact.v)), dout.double())
         q, k, v, do = (x.transpose(1, 2) for x in heads)
         # Attention over one-hot values is the matrix of probabilities.
-        unit = torch.eye(call.plan.seq_len[1], dtype=torch.float64)[None, :, None].expand(*call.k.shape[:3], -1)
-        p = REFERENCE.forward(replace(exact, v=unit), torch.float64)[0].transpose(1, 2)
-        ds = p * (do @ v.transpose(-1, -2) - delta[..., None]) * call.scale
-
-        # Σ |dS| over everything that one entry of block_bias can reach.
-        self.block_size = (p * (do @ v.transpose(-1, -2)).abs() + p * delta.abs()[..., None]).sum().item()
+        unit = torch.eye(call.plan.seq_len[1], dtype=torch.float64)[None, :, None].expand(*exact.k.shape[:3], -1)
+        one_hot = replace(exact, v=unit)
+        dropped = REFERENCE.forward(one_hot, torch.float64)[0].transpose(1, 2)
+        p = REFERENCE.forward(replace(one_hot, dropout_p=0.0), torch.float64)[0].transpose(1, 2)
+        dp = do @ v.mT
+        ds = (dropped * dp - p * delta[..., None]) * call.scale
+        size = dropped * dp.abs() + p * delta.abs()[..., None]
+        self.bias_sizes = {"block_bias": size.sum().item()}
+        if call.attn_bias is not None:
+            self.bias_sizes["attn_bias"] = size.sum_to_size(call.attn_bias.shape).max().item()
 
         def gradients(p: Tensor, ds: Tensor, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[Tensor]:
-            of_keys = (x.unflatten(1, (-1, group)).sum(2) for x in (ds.mT @ q, p.mT @ do))
-            return [x.transpose(1, 2) for x in (p @ v, ds @ k, *of_keys)]
+            of_keys = (x.unflatten(1, (-1, group)).sum(2).transpose(1, 2) for x in (ds.mT @ q, p.mT @ do))
+            return [x.transpose(1, 2) for x in (p @ v, ds @ k)] + [to_pages(x, call) for x in of_keys]
 
-        self.values = gradients(p.to(dtype).double(), ds.to(dtype).double(), q, k, v, do)
-        self.sizes = [x.max().item() if x.numel() else 0.0 for x in gradients(*(x.abs() for x in (p, ds, q, k, v, do)))]
+        self.values = gradients(dropped.to(dtype).double(), ds.to(dtype).double(), q, k, v, do)
+        self.sizes = [
+            x.max().item() if x.numel() else 0.0 for x in gradients(*(x.abs() for x in (dropped, ds, q, k, v, do)))
+        ]
+
+
+def to_pages(gradient: Tensor, call: Call) -> Tensor:
+    """[B, Sk, Hkv, X] summed into the pages of a call."""
+    if call.page_table is None:
+        return gradient
+    pages = gradient.new_zeros(*call.k.shape[:3], gradient.shape[-1])
+    return pages.index_put_(token_pages(call), gradient, accumulate=True)
 
 
 def check(name: str, got: Tensor, dense: Tensor, exact: Tensor, band: float) -> None:
@@ -171,13 +227,13 @@ def check(name: str, got: Tensor, dense: Tensor, exact: Tensor, band: float) -> 
     assert worst <= limit, f"{name}: error {worst:.3g}, limit {limit:.3g}"
 
 
-def run_and_check(case: Case, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BS_KERNELS_ISA", isa)
+def run_and_check(case: Case, dtype: torch.dtype, isas: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     call = case.call(dtype)
     exact_out, exact_lse = REFERENCE.forward(doubled(call), torch.float64)
     dout = torch.randn(exact_out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     lse, delta = backward_inputs(call, dout)
-    needs = Needs(block_bias=call.block_bias is not None)
+    float_bias = call.attn_bias is not None and call.attn_bias.dtype != torch.bool
+    needs = Needs(attn_bias=float_bias, block_bias=call.block_bias is not None)
     exact = REFERENCE.backward(doubled(call), dout, lse, delta, needs, torch.float64)
     dense = Dense(call, dout, lse, delta)
 
@@ -187,20 +243,21 @@ def run_and_check(case: Case, dtype: torch.dtype, isa: str, monkeypatch: pytest.
     known = 8 * torch.finfo(torch.float32).eps * (4 + logit)
     unit = known + torch.finfo(dtype).eps / 2
     bands = [unit * size + known for size in dense.sizes]
-    out, got_lse = NATIVE.forward(call, torch.float32)
-    got = NATIVE.backward(call, dout, lse.float(), delta.float(), needs, torch.float32)
-    assert torch.equal(got_lse == -torch.inf, empty)
-    check("lse", got_lse[~empty], exact_lse[~empty], exact_lse[~empty], known)
-    names = ("out", "dq", "dk", "dv")
-    for name, *values in zip(names, (out, *got[:3]), dense.values, (exact_out, *exact[:3]), bands, strict=True):
-        check(name, *values)
-    if call.block_bias is not None:
-        # A sum of dS, not one element: its size is that of the whole block, which bounds it from above.
-        exact_bias, size = exact.block_bias, dense.block_size
-        assert got.block_bias is not None
-        assert exact_bias is not None
-        assert got.block_bias.shape == call.block_bias.shape
-        check("dblock_bias", got.block_bias, exact_bias, exact_bias, unit * size + known)
+    for isa in isas:
+        monkeypatch.setenv("BS_KERNELS_ISA", isa)
+        out, got_lse = NATIVE.forward(call, torch.float32)
+        got = NATIVE.backward(call, dout, lse.float(), delta.float(), needs, torch.float32)
+        assert torch.equal(got_lse == -torch.inf, empty)
+        check("lse", got_lse[~empty], exact_lse[~empty], exact_lse[~empty], known)
+        names = ("out", "dq", "dk", "dv")
+        for name, *values in zip(names, (out, *got[:3]), dense.values, (exact_out, *exact[:3]), bands, strict=True):
+            check(name, *values)
+        for name in ("attn_bias", "block_bias"):
+            # Sums of dS, not single elements: their size is that of everything that reaches them.
+            if getattr(needs, name):
+                gradient, wanted = getattr(got, name), getattr(exact, name)
+                assert gradient.shape == getattr(call, name).shape
+                check(f"d{name}", gradient, wanted, wanted, unit * dense.bias_sizes[name] + known)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -209,7 +266,7 @@ def test_agrees_with_the_oracle(isa: str, dtype: torch.dtype) -> None:
     @given(cases())
     def holds(case: Case) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            run_and_check(case, dtype, isa, patch)
+            run_and_check(case, dtype, (isa,), patch)
 
     holds()
 
@@ -239,24 +296,68 @@ EDGES = {
     "mask of pairs": replace(PLAIN, attn_bias=("bool", (True, True, True, True))),
     "bias of keys": replace(PLAIN, attn_bias=("float", (False, False, False, True)), mask=TokenMask(causal=True)),
     "logits of 1e4": replace(PLAIN, logits=1e4),
+    "dropout": replace(PLAIN, dropout=0.3),
+    "dropout of a causal window": replace(
+        PLAIN, dropout=0.5, mask=TokenMask(causal=True, window=(30, 0)), density=1.0, block_size=(48, 80), sinks=True
+    ),
+    "dropout of nothing": replace(PLAIN, dropout=1e-12),
+    "dropout of nearly all": replace(PLAIN, dropout=0.999),
+    "dropout, odd keys": replace(PLAIN, dropout=0.2, block_size=(7, 17), per_head=True),
+    "pages": replace(PLAIN, pages="own", padding=True),
+    "shared pages": replace(PLAIN, pages="shared", per_head=True, density=0.3),
+    "shared pages, causal": replace(PLAIN, pages="shared", mask=TokenMask(causal=True), block_size=(16, 16)),
+    "shared pages, dropout and biases": replace(
+        PLAIN,
+        pages="shared",
+        dropout=0.2,
+        block_bias=(True, True),
+        attn_bias=("float", (False, True, True, True)),
+        segments=True,
+    ),
 }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", EDGES)
 def test_edges(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for isa in ISA:
-        run_and_check(EDGES[name], dtype, isa, monkeypatch)
+    run_and_check(EDGES[name], dtype, ISA, monkeypatch)
+
+
+@pytest.mark.parametrize("whole", list(product((False, True), repeat=4)), ids=str)
+def test_gradient_of_every_broadcast_of_a_bias(
+    whole: tuple[bool, bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(PLAIN, attn_bias=("float", whole), seq_len=(45, 91), dims=(16, 12), density=0.7)
+    cases = (
+        replace(small, mask=TokenMask(causal=True), block_size=(64, 32)),
+        replace(small, dropout=0.4, pages="shared", block_size=(9, 33), per_head=True),
+    )
+    for case, dtype in product(cases, DTYPES):
+        run_and_check(case, dtype, ISA, monkeypatch)
+
+
+BITS = {
+    "plain": {},
+    "dropout": {"dropout": 0.3, "block_bias": (True, True)},
+    "bias of pairs": {"attn_bias": ("float", (False, False, True, True))},
+    "bias of keys": {"attn_bias": ("float", (True, False, False, True)), "pages": "own"},
+    "one bias": {"attn_bias": ("float", (False, False, False, False)), "pages": "shared"},
+}
 
 
 @pytest.mark.parametrize("isa", ISA)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_bits_do_not_depend_on_threads_or_split(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", BITS.values(), ids=BITS)
+def test_bits_do_not_depend_on_threads_or_split(
+    more: dict[str, Any], isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("BS_KERNELS_ISA", isa)
-    case = replace(PLAIN, seq_len=(333, 401), dims=(48, 40), per_head=True, padding=True, sinks=True, group=3)
+    size = (333, 401) if not more else (75, 140)
+    case = replace(PLAIN, seq_len=size, dims=(48, 40), per_head=True, padding=True, sinks=True, group=3, **more)
     call = case.call(dtype)
     dout = torch.randn(*call.q.shape[:3], 40).to(dtype)
     lse, delta = (x.float() for x in backward_inputs(call, dout))
+    needs = Needs(attn_bias=call.attn_bias is not None, block_bias=call.block_bias is not None)
     run, split = _native_lib.NativeCore.run, 0
 
     def run_split(self: _native_lib.NativeCore, name: str, args: _native_lib.CoreCall) -> None:
@@ -270,8 +371,8 @@ def test_bits_do_not_depend_on_threads_or_split(isa: str, dtype: torch.dtype, mo
             torch.set_num_threads(count)
             for number in (0, 1, 2):
                 split = number
-                gradients = NATIVE.backward(call, dout, lse, delta, Needs(), torch.float32)
-                results.append((*NATIVE.forward(call, dtype), *gradients[:3]))
+                gradients = NATIVE.backward(call, dout, lse, delta, needs, torch.float32)
+                results.append((*NATIVE.forward(call, dtype), *(x for x in gradients if x is not None)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

@@ -71,6 +71,35 @@ struct Problem {
   std::vector<uint8_t> attn_mask;
   std::vector<bool> active;    // [layouts, heads, q_blocks, kv_blocks]
   std::vector<int32_t> slots;  // of the active ones
+  int64_t seed = 0;
+  long page_size = 0;  // 0 without pages
+  // Where key n of batch element b lies in k and v.
+  long key_batch(long b, long n) const { return page_size ? pages[b * c.kv_blocks + block_of(n)] : b; }
+  long key_token(long n) const { return page_size ? n - kv_bounds_at(block_of(n)) : n; }
+  long key_batches() const { return page_size ? c.pages : c.batch; }
+  long key_tokens() const { return page_size ? page_size : c.kv_len; }
+  long kv_bounds_at(long j) const { return kv_bounds[size_t(j)]; }
+  long block_of(long n) const {
+    long j = 0;
+    while (kv_bounds_at(j + 1) <= n) ++j;
+    return j;
+  }
+  // Place of a pair in attn_bias, and in its gradient.
+  long pair(long b, long h, long t, long n) const {
+    return b * c.attn_bias_batch + h * c.attn_bias_head + t * c.attn_bias_query + n * c.attn_bias_key;
+  }
+  // 0, or what a kept probability is multiplied by; Philox4x32-10 word by word.
+  double kept(long b, long h, long query, long key) const {
+    if (!c.dropout_seed) return 1;
+    uint32_t x[4] = {uint32_t(c.first_batch + b), uint32_t(c.first_head + h), uint32_t(query), uint32_t(key)};
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(uint64_t(seed) >> 32);
+    for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+      const uint64_t p0 = uint64_t(0xD2511F53u) * x[0], p1 = uint64_t(0xCD9E8D57u) * x[2];
+      const uint32_t y[4] = {uint32_t(p1 >> 32) ^ x[1] ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ x[3] ^ k1, uint32_t(p0)};
+      std::memcpy(x, y, sizeof x);
+    }
+    return x[0] >= c.dropout_threshold ? double(c.dropout_scale) : 0;
+  }
   long place(long b, long h, long i, long j) const {
     const long l = c.layouts == 1 ? 0 : b, x = c.layout_heads == 1 ? 0 : h;
     return ((l * c.layout_heads + x) * c.q_blocks + i) * c.kv_blocks + j;
@@ -145,9 +174,15 @@ Problem make(Rng& g) {
   }
   c.bias_entries = long(p.indices.size());
   if (chance(g, .3)) {
-    // One plane per query head; the batch broadcasts, and so may the queries.
-    const long queries = chance(g, .5) ? c.q_len : 1, n = c.q_heads * queries * c.kv_len;
-    c.attn_bias_bool = chance(g, .5);
+    int64_t* const strides[] = {&c.attn_bias_batch, &c.attn_bias_head, &c.attn_bias_query, &c.attn_bias_key};
+    const int64_t sizes[] = {c.batch, c.q_heads, c.q_len, c.kv_len};
+    long n = 1;
+    for (int d = 3; d >= 0; --d) {
+      const bool whole = sizes[d] > 1 && chance(g, .5);
+      *strides[d] = whole ? n : 0;
+      n *= whole ? sizes[d] : 1;
+    }
+    c.attn_bias_bool = chance(g, .3);
     for (long x = 0; x < n; ++x) {
       if (c.attn_bias_bool)
         p.attn_mask.push_back(chance(g, .7));
@@ -155,7 +190,29 @@ Problem make(Rng& g) {
         p.attn_bias.push_back(float(uniform(g, -8, 8)) / 4);
     }
     c.attn_bias = c.attn_bias_bool ? static_cast<const void*>(p.attn_mask.data()) : p.attn_bias.data();
-    c.attn_bias_head = queries * c.kv_len, c.attn_bias_query = queries > 1 ? c.kv_len : 0, c.attn_bias_key = 1;
+  }
+  if (chance(g, .3)) {
+    const double drop = std::uniform_real_distribution<double>(0, .8)(g);
+    c.dropout_threshold = uint32_t(drop * 0x1p32), c.dropout_scale = float(1 / (1 - drop));
+    p.seed = int64_t(uint64_t(uniform(g, 0, 1L << 62)) * 3);
+    c.first_batch = uniform(g, 0, 3), c.first_head = uniform(g, 0, 3);
+    c.dropout_seed = &p.seed;  // the caller points it at its own copy
+  }
+  if (chance(g, .4)) {
+    const bool shared = chance(g, .5);
+    const long pairs = c.batch * c.kv_blocks;
+    c.pages = shared ? (pairs + 1) / 2 : pairs + 2;
+    for (long j = 0; j < c.kv_blocks; ++j) {
+      const long size = p.kv_bounds[j + 1] - p.kv_bounds[j];
+      p.page_size = size > p.page_size ? size : p.page_size;
+    }
+    for (long b = 0, x = 0; b < c.batch; ++b)
+      for (long j = 0; j < c.kv_blocks; ++j, ++x) {
+        bool read = false;
+        for (long h = 0; h < c.q_heads; ++h)
+          for (long i = 0; i < c.q_blocks; ++i) read |= p.is_active(b, h, i, j);
+        p.pages.push_back(!read ? 1 << 30 : int32_t(shared ? uniform(g, 0, c.pages - 1) : pairs - x));
+      }
   }
   if (chance(g, .3)) {
     for (long n = 0; n < c.batch * c.q_heads * c.bias_entries; ++n) p.bias.push_back(float(uniform(g, -8, 8)) / 4);
@@ -169,7 +226,7 @@ Problem make(Rng& g) {
 }
 
 struct Answer {
-  std::vector<double> out, lse, dq, dk, dv, dbias;
+  std::vector<double> out, lse, dq, dk, dv, dbias, dattn;
 };
 
 // The definition, pair by pair.
@@ -180,8 +237,9 @@ Answer define(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& 
   a.out.assign(size_t(c.batch * c.q_len * c.q_heads * c.v_dim), 0);
   a.lse.assign(size_t(c.batch * c.q_heads * c.q_len), -INFINITY);
   a.dq.assign(size_t(c.batch * c.q_len * c.q_heads * c.dim), 0);
-  a.dk.assign(size_t(c.batch * c.kv_len * c.kv_heads * c.dim), 0);
-  a.dv.assign(size_t(c.batch * c.kv_len * c.kv_heads * c.v_dim), 0);
+  a.dk.assign(size_t(p.key_batches() * p.key_tokens() * c.kv_heads * c.dim), 0);
+  a.dv.assign(size_t(p.key_batches() * p.key_tokens() * c.kv_heads * c.v_dim), 0);
+  a.dattn.assign(p.attn_bias.size(), 0);
   a.dbias.assign(size_t(c.batch * c.q_heads * c.bias_entries), 0);
   delta.assign(a.lse.size(), 0);
   std::vector<double> s(size_t(c.kv_len), 0);
@@ -196,14 +254,14 @@ Answer define(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& 
               const long distance = c.kv_start[j] + n - c.kv_bounds[j] - (c.q_start[i] + t - c.q_bounds[i]);
               const bool kept = p.is_active(b, h, i, j) && distance >= c.band_lo && distance <= c.band_hi &&
                                 (!c.key_padding || c.key_padding[b * c.kv_len + n]) &&
-                                (!c.attn_bias_bool || p.attn_mask[h * c.attn_bias_head + t * c.attn_bias_query + n]) &&
+                                (!c.attn_bias_bool || p.attn_mask[size_t(p.pair(b, h, t, n))]) &&
                                 (!c.q_segments || c.q_segments[b * c.q_len + t] == c.kv_segments[b * c.kv_len + n]);
               s[n] = -INFINITY;
               if (!kept) continue;
               s[n] = 0;
-              for (long d = 0; d < c.dim; ++d) s[n] += q.get(b, t, h, d) * k.get(b, n, kh, d);
+              for (long d = 0; d < c.dim; ++d) s[n] += q.get(b, t, h, d) * k.get(p.key_batch(b, n), p.key_token(n), kh, d);
               s[n] = s[n] * c.scale + p.bias_at(b, h, i, j);
-              if (!p.attn_bias.empty()) s[n] += p.attn_bias[h * c.attn_bias_head + t * c.attn_bias_query + n];
+              if (!p.attn_bias.empty()) s[n] += p.attn_bias[size_t(p.pair(b, h, t, n))];
               top = s[n] > top ? s[n] : top;
             }
           if (top == -INFINITY) continue;
@@ -212,26 +270,32 @@ Answer define(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& 
           a.lse[x] = top + std::log(sum);
           double* out = &a.out[((b * c.q_len + t) * c.q_heads + h) * c.v_dim];
           double* dq = &a.dq[((b * c.q_len + t) * c.q_heads + h) * c.dim];
-          for (long n = 0; n < c.kv_len; ++n)
-            for (long d = 0; d < c.v_dim; ++d) out[d] += std::exp(s[n] - a.lse[x]) * v.get(b, n, kh, d);
+          auto kept = [&](long n) {
+            const long j = p.block_of(n);
+            return p.kept(b, h, c.q_start[i] + t - c.q_bounds[i], c.kv_start[j] + n - c.kv_bounds[j]);
+          };
+          for (long n = 0; n < c.kv_len; ++n) {
+            if (s[n] == -INFINITY) continue;
+            const double weight = std::exp(s[n] - a.lse[x]) * kept(n);
+            for (long d = 0; d < c.v_dim; ++d) out[d] += weight * v.get(p.key_batch(b, n), p.key_token(n), kh, d);
+          }
           double rowsum = -dlse[x];
           for (long d = 0; d < c.v_dim; ++d) rowsum += dout.get(b, t, h, d) * out[d];
           delta[x] = float(rowsum);
           for (long n = 0; n < c.kv_len; ++n) {
             const double pn = std::exp(s[n] - a.lse[x]);
             if (pn == 0) continue;
+            const long kb = p.key_batch(b, n), kt = p.key_token(n), key = (kb * p.key_tokens() + kt) * c.kv_heads + kh;
+            const double keep = kept(n);
             double dp = 0;
-            for (long d = 0; d < c.v_dim; ++d) dp += dout.get(b, t, h, d) * v.get(b, n, kh, d);
-            const double ds = pn * (dp - rowsum) * c.scale;
-            if (!p.bias.empty()) {
-              long j = 0;
-              while (c.kv_bounds[j + 1] <= n) ++j;
-              a.dbias[(b * c.q_heads + h) * c.bias_entries + p.slots[p.place(b, h, i, j)]] += pn * (dp - rowsum);
-            }
-            for (long d = 0; d < c.v_dim; ++d) a.dv[((b * c.kv_len + n) * c.kv_heads + kh) * c.v_dim + d] += pn * dout.get(b, t, h, d);
+            for (long d = 0; d < c.v_dim; ++d) dp += dout.get(b, t, h, d) * v.get(kb, kt, kh, d);
+            const double pair = pn * (dp * keep - rowsum), ds = pair * c.scale;
+            if (!p.bias.empty()) a.dbias[(b * c.q_heads + h) * c.bias_entries + p.slots[p.place(b, h, i, p.block_of(n))]] += pair;
+            if (!p.attn_bias.empty()) a.dattn[size_t(p.pair(b, h, t, n))] += pair;
+            for (long d = 0; d < c.v_dim; ++d) a.dv[key * c.v_dim + d] += pn * keep * dout.get(b, t, h, d);
             for (long d = 0; d < c.dim; ++d) {
-              dq[d] += ds * k.get(b, n, kh, d);
-              a.dk[((b * c.kv_len + n) * c.kv_heads + kh) * c.dim + d] += ds * q.get(b, t, h, d);
+              dq[d] += ds * k.get(kb, kt, kh, d);
+              a.dk[key * c.dim + d] += ds * q.get(b, t, h, d);
             }
           }
         }
@@ -272,9 +336,11 @@ void run(long number) {
   Rng g{unsigned(number)};
   Problem p = make(g);
   bsa_call& c = p.c;
+  if (c.dropout_seed) c.dropout_seed = &p.seed;
+  if (p.page_size) c.page_table = p.pages.data();
   for (int dtype : {BSA_F32, BSA_BF16, BSA_F16}) {
-    Tensor q(g, dtype, c.batch, c.q_len, c.q_heads, c.dim, true), k(g, dtype, c.batch, c.kv_len, c.kv_heads, c.dim, true);
-    Tensor v(g, dtype, c.batch, c.kv_len, c.kv_heads, c.v_dim, true), dout(g, dtype, c.batch, c.q_len, c.q_heads, c.v_dim, true);
+    Tensor q(g, dtype, c.batch, c.q_len, c.q_heads, c.dim, true), k(g, dtype, p.key_batches(), p.key_tokens(), c.kv_heads, c.dim, true);
+    Tensor v(g, dtype, p.key_batches(), p.key_tokens(), c.kv_heads, c.v_dim, true), dout(g, dtype, c.batch, c.q_len, c.q_heads, c.v_dim, true);
     std::vector<float> dlse(size_t(c.batch * c.q_heads * c.q_len)), delta;
     for (float& x : dlse) x = float(uniform(g, -4, 4)) / 4;
     const Answer a = define(p, q, k, v, dout, dlse, delta);
@@ -282,7 +348,8 @@ void run(long number) {
       if (!bsa_isa_supported(isa)) continue;
       const double epsilon = isa == BSA_ISA_AVX512_BF16 && dtype == BSA_BF16 ? 0x1p-9 : 0x1p-24 * 8;
       Tensor out(g, BSA_F32, c.batch, c.q_len, c.q_heads, c.v_dim, false), dq(g, BSA_F32, c.batch, c.q_len, c.q_heads, c.dim, false);
-      Tensor dk(g, BSA_F32, c.batch, c.kv_len, c.kv_heads, c.dim, false), dv(g, BSA_F32, c.batch, c.kv_len, c.kv_heads, c.v_dim, false);
+      Tensor dk(g, BSA_F32, p.key_batches(), p.key_tokens(), c.kv_heads, c.dim, false);
+      Tensor dv(g, BSA_F32, p.key_batches(), p.key_tokens(), c.kv_heads, c.v_dim, false);
       std::vector<float> lse(a.lse.size());
       c.isa = isa, c.num_threads = int32_t(uniform(g, 1, 3)), c.dtype = dtype, c.result_dtype = BSA_F32;
       c.q = q.view(), c.k = k.view(), c.v = v.view(), c.out = out.view(), c.dout = dout.view();
@@ -298,13 +365,22 @@ void run(long number) {
         c.split = split;
         std::vector<float> dbias(p.bias.size());
         c.dblock_bias = p.bias.empty() ? nullptr : dbias.data();
+        std::vector<float> dattn(p.attn_bias.size());
+        c.dattn_bias = p.attn_bias.empty() ? nullptr : dattn.data();
+        c.dattn_bias_batch = c.attn_bias_batch, c.dattn_bias_head = c.attn_bias_head;
+        c.dattn_bias_query = c.attn_bias_query, c.dattn_bias_key = c.attn_bias_key;
+        if (p.page_size) dk.bytes.assign(dk.bytes.size(), 0), dv.bytes.assign(dv.bytes.size(), 0);
         execute("backward", bsa_backward, c);
         compare("dq", number, isa, dtype, dq, a.dq, epsilon);
         compare("dk", number, isa, dtype, dk, a.dk, epsilon);
         compare("dv", number, isa, dtype, dv, a.dv, epsilon);
         for (size_t x = 0; x < dbias.size(); ++x)
           if (!(std::fabs(dbias[x] - a.dbias[x]) <= 64 * epsilon * 64)) std::printf("problem %ld: dbias\n", number), ++failures;
+        for (size_t x = 0; x < dattn.size(); ++x)
+          if (!(std::fabs(dattn[x] - a.dattn[x]) <= 64 * epsilon * (64 + std::fabs(a.dattn[x]))))
+            std::printf("problem %ld, %s: dattn %g, not %g\n", number, bsa_isa_name(isa), dattn[x], a.dattn[x]), ++failures;
         std::vector<char> bits(dq.bytes);
+        bits.insert(bits.end(), reinterpret_cast<char*>(dattn.data()), reinterpret_cast<char*>(dattn.data() + dattn.size()));
         bits.insert(bits.end(), reinterpret_cast<char*>(dbias.data()), reinterpret_cast<char*>(dbias.data() + dbias.size()));
         bits.insert(bits.end(), dk.bytes.begin(), dk.bytes.end());
         bits.insert(bits.end(), dv.bytes.begin(), dv.bytes.end());
