@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -62,7 +63,10 @@ class _Attention(torch.autograd.Function):
         delta = attention_delta(dout, out, lse, dlse)
         # Gradients come in the inputs' own dtype, whatever dtype the output had.
         call = call_of(operands)
-        dq, dk, dv, d_attn, d_block = run_backward(call, dout, lse, delta, ctx.flags, ctx.backend, accumulate_out=False)
+        below = nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd()  # one hop less
+        with below:
+            grads = run_backward(call, dout, lse, delta, ctx.flags, ctx.backend, accumulate_out=False)
+        dq, dk, dv, d_attn, d_block = grads
         found = {0: dq, 1: dk, 2: dv}
         if ctx.flags[1]:
             found[_ATTN_BIAS] = d_attn.to(operands[_ATTN_BIAS].dtype)
