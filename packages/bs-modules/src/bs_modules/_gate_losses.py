@@ -9,50 +9,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._gate_room import Room
 
-
-def distillation_loss(
-    q: Tensor,
-    k: Tensor,
-    logits: Tensor,
-    room: Room,
-    blocks: tuple[int, int],
-    causal: bool,
-    scale: float | None,
-    rows: int,
-    key_padding_mask: Tensor | None = None,
-) -> Tensor:
+def distillation_loss(logits: Tensor, mass: Tensor, readable: Tensor) -> Tensor:
     """How far the scorer's softmax over the blocks it reads is from the mass that dense attention gives them.
 
-    Σⱼ mⱼ (log(mⱼ / Σ m) − log pⱼ), the mean over batch, heads and some query blocks drawn anew: a Kullback-Leibler
-    divergence, weighted by the mass that lies outside the blocks that are kept anyway. The masses are a target, without
-    gradient. Dense in those rows: R · query block × Sk scores per head.
+    Σⱼ mⱼ (log(mⱼ / Σ m) − log pⱼ), the mean over batch, heads and rows: a Kullback-Leibler divergence, weighted by the
+    mass that lies outside the blocks that are kept anyway.
 
     Args:
-        q: `[B, Sq, H, D]`.
-        k: `[B, Sk, G, D]`.
-        logits: `[B, H or 1, QB, KB]`, without noise; −inf where the gate does not read.
-        room: Of the same lengths.
-        blocks: `(query, key)` tokens per block.
-        causal: Whether keys after the query are masked.
-        scale: Multiplies q · k; `None` is `D ** -0.5`.
-        rows: R; all query blocks where there are fewer.
-        key_padding_mask: bool `[B, Sk]`, True = a real token.
+        logits: `[B, H or 1, R, KB]`, without noise.
+        mass: `[B, H, R, KB]`, from `block_mass`: a target, without gradient.
+        readable: bool `[1 or H, R, KB]`; the blocks that the gate reads.
     """
-    drawn = torch.randperm(logits.shape[2], device=q.device)[:rows]
-    readable = room.readable[:, drawn]
-    with torch.no_grad():
-        mass = block_mass(q, k, drawn, blocks, causal, scale or q.shape[-1] ** -0.5, key_padding_mask)
-        if logits.shape[1] == 1:
-            mass = mass.mean(1, keepdim=True)
-        mass = torch.where(readable, mass, 0).to(logits.dtype)
-        share = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
-        entropy = torch.xlogy(mass, share).sum(-1)
+    if logits.shape[1] == 1:
+        mass = mass.mean(1, keepdim=True)
+    mass = torch.where(readable, mass.detach(), 0).to(logits.dtype)
+    share = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
     # A row without readable blocks has mass 0 and would have log p = nan.
-    chosen = torch.where(readable.any(-1, keepdim=True), logits[:, :, drawn], 0)
+    chosen = torch.where(readable, logits, float("-inf"))
+    chosen = torch.where(readable.any(-1, keepdim=True), chosen, 0)
     log_p = torch.where(readable, chosen.log_softmax(-1), 0)
-    return (entropy - (mass * log_p).sum(-1)).mean()
+    return (torch.xlogy(mass, share).sum(-1) - (mass * log_p).sum(-1)).mean()
 
 
 def block_mass(

@@ -206,17 +206,27 @@ class ImportanceScorer(nn.Module):
         Returns:
             `[B, H, QB, KB]`, or `[B, 1, QB, KB]` shared; fp32, or fp64 for fp64 inputs.
         """
+        return self.score(*self.pool(q, k, block_size, is_causal, key_padding_mask), distance)
+
+    def pool(
+        self, q: Tensor, k: Tensor, block_size: int, is_causal: bool, key_padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the scorer reads of the blocks: `[B, H, QB, P, D]` and `[B, G, KB, P, D]`; arguments as for `forward`."""
         self.initialize(q.shape[2], k.shape[2], q.shape[3])
-        with torch.autocast(q.device.type, enabled=False):
-            wide = torch.promote_types(q.dtype, torch.float32)
-            queries = pool_queries(q, self.query_block_size, is_causal, self.extremes).to(wide)
-            keys = pool_keys(k, block_size, key_padding_mask, self.extremes).to(wide)
-            if self.share_across_heads:
-                queries, keys = queries.mean(1, keepdim=True), keys.mean(1, keepdim=True)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        queries = pool_queries(q, self.query_block_size, is_causal, self.extremes).to(wide)
+        keys = pool_keys(k, block_size, key_padding_mask, self.extremes).to(wide)
+        if self.share_across_heads:
+            queries, keys = queries.mean(1, keepdim=True), keys.mean(1, keepdim=True)
+        return queries, keys
+
+    def score(self, queries: Tensor, keys: Tensor, distance: Tensor) -> Tensor:
+        """Scores of what `pool` gives; `forward` is the two in a row."""
+        with torch.autocast(queries.device.type, enabled=False):
             left, right = self._factors(queries, keys)
             groups = left.shape[1] // right.shape[1]
             scores = left @ (right if groups == 1 else right.repeat_interleave(groups, dim=1)).transpose(-1, -2)
-            return scores + self.slope.to(wide)[:, None, None] * distance.to(wide)
+            return scores + self.slope.to(scores.dtype)[:, None, None] * distance.to(scores.dtype)
 
     def _factors(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         scale = queries.shape[-1] ** -0.5 if self.scale is None else self.scale

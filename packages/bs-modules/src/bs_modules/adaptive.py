@@ -20,7 +20,7 @@ from bs_patterns import BlockLayout, LocalWindow
 from ._adaptive_config import AdaptiveConfig
 from ._checks import check_flag, check_int
 from ._frozen import Calibration, RecordedLayouts
-from ._gate_losses import distillation_loss
+from ._gate_losses import block_mass, distillation_loss
 from ._gate_room import Room, make_room
 from ._gate_scorer import ImportanceScorer
 from ._gate_select import Selection, logits_of, noisy, select_blocks
@@ -180,12 +180,10 @@ class BlockSparseAdaptive(BlockSparseAttention):
         config, lengths = self.sparse_config, (q.shape[1], k.shape[1])
         learn = self.scorer.threshold is not None
         room = self._room(lengths, bool(is_causal), q.device, q.shape[2])
-        scores = self.scorer(q, k, config.block_size, bool(is_causal), room.distance, key_padding_mask)
-        logits = logits_of(scores, room, self.temperature, self.scorer.threshold)
+        pooled = self.scorer.pool(q, k, config.block_size, bool(is_causal), key_padding_mask)
+        logits = logits_of(self.scorer.score(*pooled, room.distance), room, self.temperature, self.scorer.threshold)
         if self.training and config.distill_rows and torch.is_grad_enabled():
-            self.gate_losses["distillation"] = distillation_loss(
-                q, k, logits, room, config.blocks, bool(is_causal), self.scale, config.distill_rows, key_padding_mask
-            )
+            self.gate_losses["distillation"] = self._distill(q, k, pooled, room, bool(is_causal), key_padding_mask)
         made = select_blocks(
             noisy(logits, learn) if self.training else logits,
             room,
@@ -202,6 +200,24 @@ class BlockSparseAdaptive(BlockSparseAttention):
         if self._calibration is not None:
             self._calibration.add(made.layout)
         return made
+
+    def _distill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        pooled: tuple[Tensor, Tensor],
+        room: Room,
+        is_causal: bool,
+        key_padding_mask: Tensor | None,
+    ) -> Tensor:
+        """The distillation loss of some query blocks. It teaches the scorer alone, not the queries and keys it reads."""
+        config, (queries, keys) = self.sparse_config, pooled
+        rows = torch.randperm(queries.shape[2], device=q.device)[: config.distill_rows]
+        with torch.no_grad():
+            scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+            mass = block_mass(q, k, rows, config.blocks, is_causal, scale, key_padding_mask)
+        scores = self.scorer.score(queries[:, :, rows].detach(), keys.detach(), room.distance[rows])
+        return distillation_loss(scores / self.temperature.to(scores.dtype), mass, room.readable[:, rows])
 
     def _layout_and_bias(
         self, q: Tensor, k: Tensor, is_causal: bool, key_padding_mask: Tensor | None, segment_ids: Any
