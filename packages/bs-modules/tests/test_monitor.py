@@ -373,12 +373,18 @@ def test_explain_tells_layout_plan_backend_and_reasons(backend):
         assert "in the order below" in told.reasons[-1]
 
 
-def test_explain_says_why_a_faster_backend_is_passed_over():
+def test_explain_says_why_a_faster_backend_is_passed_over(monkeypatch):
+    first = dispatch.BACKENDS[0]
+    able = first.not_supported_reasons
+    monkeypatch.setattr(first, "not_supported_reasons", lambda p: ["no dropout here"] if p.dropout else able(p))
+    dispatch.select.cache_clear()
     module = create_block_sparse_attention("base", block_size=8, dropout=0.5)
     told = module.explain(*inputs())
-    assert told.backend == "torch"
-    assert any("dropout" in reason for reason in told.reasons)
-    assert "dropout" not in " ".join(module.eval().explain(*inputs()).reasons)
+    assert told.backend != first.name
+    assert told.reasons[0] == f"{first.name} cannot: no dropout here"
+    assert "no dropout here" not in " ".join(module.eval().explain(*inputs()).reasons)
+    monkeypatch.undo()
+    dispatch.select.cache_clear()
 
 
 def test_explain_computes_nothing(monkeypatch):
@@ -392,6 +398,19 @@ def test_explain_computes_nothing(monkeypatch):
     module.explain(*inputs())
     with pytest.raises(AssertionError, match="computed"):
         module(*inputs())
+
+
+@pytest.mark.parametrize("variant", ["base", "hierarchical", "hilbert", "adaptive", "distributed"])
+def test_explain_tells_the_backend_that_runs_in_every_variant(variant):
+    module = create_block_sparse_attention(variant)
+    tensors = inputs(200)
+    told = module.explain(*tensors, is_causal=True)
+    with Monitor(module) as monitor:
+        module(*tensors, is_causal=True).sum().backward()
+    found = monitor.metrics()
+    assert {name for metrics in found.values() for name in metrics.backends} == {told.backend}
+    assert found[ELSEWHERE] == ModuleMetrics()
+    assert str(told)
 
 
 @pytest.mark.parametrize("variant", ["base", "hierarchical", "hilbert"])

@@ -625,3 +625,31 @@ def test_a_hint_that_disagrees_with_its_mask_changes_nothing_that_the_mask_says(
     assert (weights[0, 1:, 0] == 0).all()
     assert (weights.triu(1) == 0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(1, 6))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_meta_tensors_tell_shapes(masked, need_weights):
+    dense = nn.MultiheadAttention(8, 2, add_bias_kv=True, device="meta")
+    sparse = Multihead(8, 2, add_bias_kv=True, device="meta")
+    x = torch.empty(6, 3, 8, device="meta")
+    masks = {}
+    if masked:
+        masks = {"attn_mask": torch.empty(6, 6, device="meta"), "key_padding_mask": torch.empty(3, 6, device="meta")}
+    want, got = (module(x, x, x, need_weights=need_weights, **masks) for module in (dense, sparse))
+    assert got[0].shape == want[0].shape
+    assert got[0].is_meta
+    assert (got[1] is None) == (want[1] is None)
+    if need_weights:
+        assert got[1].shape == want[1].shape
+
+
+def test_a_bias_converted_alone_works_as_in_the_dense_module():
+    dense, sparse = pair(4, 4, batch_first=True, dtype=torch.float64)
+    for module in (dense, sparse):
+        module.in_proj_bias = nn.Parameter(torch.randn(12).half())
+    sparse.load_state_dict(dense.state_dict())
+    x = torch.randn(4, 5, 4, dtype=torch.float64)
+    for value in (x, x.clone()):
+        want, got = (module(x, value, value)[0] for module in (dense, sparse))
+        torch.testing.assert_close(got, want)

@@ -173,7 +173,7 @@ def merge(padding: Tensor | None, mask: Tensor | None, is_causal: bool, num_head
 
 def _is_causal_mask(mask: Tensor) -> bool:
     """Whether a mask blocks the keys after the query and nothing else, so that a causal layout can stand for it."""
-    if mask.dim() != 2 or mask.requires_grad or torch.compiler.is_compiling():
+    if mask.dim() != 2 or mask.requires_grad or mask.is_meta or torch.compiler.is_compiling():
         return False
     blocked = mask if mask.dtype == torch.bool else mask == float("-inf")
     after = torch.ones_like(blocked).triu(1)
@@ -182,6 +182,6 @@ def _is_causal_mask(mask: Tensor) -> bool:
 
 def _only_blocks(padding: Tensor) -> bool:
     """Whether a float mask holds 0 and −inf only: a bool mask that `nn.TransformerEncoder` turned into floats."""
-    if padding.requires_grad or torch.compiler.is_compiling():
+    if padding.requires_grad or padding.is_meta or torch.compiler.is_compiling():
         return False
     return bool(((padding == 0) | (padding == float("-inf"))).all())

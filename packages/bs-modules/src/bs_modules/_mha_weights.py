@@ -5,6 +5,9 @@ Shapes: N batch, L queries, S keys, H heads, D head_dim, X appended keys.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +15,12 @@ from torch.nn import functional as F
 from ._mha_masks import Masks
 
 Appended = tuple[Tensor, Tensor] | None
+
+
+def _as_given(x: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast out, on devices that have it."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def append_keys(
@@ -30,7 +39,7 @@ def append_keys(
     Returns:
         `[N, L, H, Dv]`, one softmax over all keys.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with _as_given(q):
         scores = torch.einsum("nlhd,xhd->nhlx", q.to(lse.dtype), keys.to(lse.dtype)) * scale
         total = torch.logaddexp(lse, scores.logsumexp(-1))
         before = (lse - total).exp().transpose(1, 2).unsqueeze(-1)
@@ -55,7 +64,7 @@ def dense_weights(q: Tensor, k: Tensor, visible: Tensor, masks: Masks, appended:
         returned in q's dtype.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with _as_given(q):
         scores = torch.einsum("nlhd,nshd->nhls", q.to(wide), k.to(wide)) * scale
         if masks.key_padding is not None:
             visible = visible & masks.key_padding[:, None, None]

@@ -28,6 +28,7 @@ from ._ring_session import RingSession, open_sessions, session_of
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention, _half_dtype
 from .config import SparsePatternConfig
 from .distributed_config import DistributedSparseConfig
+from .explain import Explanation
 from .hierarchical import BlockSparseHierarchical, HierarchicalConfig
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -400,6 +401,20 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         )
         out, lse = RingAttention.apply(q, k, v, four_dims(attn_bias, q, totals[1]), call)  # pyright: ignore[reportGeneralTypeIssues]
         return (out.to(result_dtype), lse) if return_lse else out.to(result_dtype)
+
+    def explain(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **masks: Any) -> Explanation:
+        """What the attention inside would do with whole sequences; see `BlockSparseAttention.explain`.
+
+        Never communicates. What travels between ranks is what `exchange_plan` tells.
+
+        Args:
+            q: Of a whole sequence, as for `BlockSparseAttention.forward`, like the other arguments.
+            k: See there.
+            v: See there.
+            is_causal: See there.
+            **masks: See there.
+        """
+        return self.attention.explain(q, k, v, is_causal, **masks)
 
     def _layout_of_call(
         self, session: RingSession, q: Tensor, k: Tensor, seq_len: tuple[int, int], is_causal: bool

@@ -226,13 +226,10 @@ class Monitor:
         name = stack[-1] if stack else ELSEWHERE
         with self._lock:
             if isinstance(event, BackendRun):
-                if event.phase == "forward" and stack:
-                    self._owners[event.key] = name
-                    self._owners.move_to_end(event.key)
-                    while len(self._owners) > _KEYS_KEPT:
-                        self._owners.popitem(last=False)
-                else:
-                    name = self._owners.get(event.key, name)
+                if event.phase == "forward":
+                    self._own(event.key, name)
+                else:  # a ring's backward reads other keys than its forward, and the same queries
+                    name = self._owners.get(event.key) or self._owners.get(event.key[:1], name)
                 self._metrics[name].backend_runs[event.backend, event.phase] += 1
                 self._metrics[name].add_time(event.phase, event.seconds)
             elif isinstance(event, PlanLookup):
@@ -242,6 +239,13 @@ class Monitor:
             elif isinstance(event, Recovery):
                 self._metrics[name].recoveries += not event.failed
                 self._metrics[name].failures += event.failed
+
+    def _own(self, key: tuple[int, ...], name: str) -> None:
+        for known in (key, key[:1]):
+            self._owners[known] = name
+            self._owners.move_to_end(known)
+        while len(self._owners) > 2 * _KEYS_KEPT:
+            self._owners.popitem(last=False)
 
     def _called(self, name: str, seconds: float) -> None:
         with self._lock:

@@ -255,7 +255,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = self._project(query, key, value, same)
-        if not torch.is_autocast_enabled(q.device.type):
+        if not _autocasts(q.device.type):
             check_mask_dtypes(q.dtype, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         masks = merge(key_padding_mask, attn_mask, bool(is_causal), self.num_heads, q.shape[1] == k.shape[1])
         return q, k, v, masks, batched
@@ -266,11 +266,11 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         same_query, same_value = same
         if weight is not None and same_value:
             if same_query:
-                parts = F.linear(query, weight, bias).chunk(3, dim=-1)
+                parts = _linear(query, weight, bias).chunk(3, dim=-1)
             else:
                 bias_q, bias_kv = (None, None) if bias is None else bias.split((width, 2 * width))
                 weight_q, weight_kv = weight.split((width, 2 * width))
-                parts = (F.linear(query, weight_q, bias_q), *F.linear(key, weight_kv, bias_kv).chunk(2, dim=-1))
+                parts = (_linear(query, weight_q, bias_q), *_linear(key, weight_kv, bias_kv).chunk(2, dim=-1))
         else:
             separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             matrices = separate if weight is None else weight.chunk(3)
@@ -280,7 +280,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
                     f"key, value: expected {self.kdim} and {self.vdim} features, the kdim and vdim, got "
                     f"{key.shape[-1]} and {value.shape[-1]}"
                 )
-            parts = tuple(map(F.linear, (query, key, value), matrices, biases))
+            parts = tuple(map(_linear, (query, key, value), matrices, biases))
         return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)) for x in parts)
 
     def _appended(self, q: Tensor) -> Appended:
@@ -386,6 +386,16 @@ def _token_mask(attention: BlockSparseAttention, lengths: tuple[int, int], is_ca
 
 # For compiled code only: its first call imports the compiler, which eager users never wait for.
 _token_mask_outside_graph = _disable_dynamo(_token_mask)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None or bias.dtype == weight.dtype:
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight) + bias  # what nn.MultiheadAttention computes where a bias was converted alone
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _empty(q: Tensor, k: Tensor) -> bool:
