@@ -92,7 +92,8 @@ def _columns(
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
         if MASKED or HAS_DROPOUT:
             q_position = tl.load(q_start + i)
-            distance = clamp_distance(k_first_position, q_position) + (offs_n[:, None] - offs_m[None, :])
+            # The distance of the blocks goes in first: what did not change from step to step would be kept in registers.
+            distance = (clamp_distance(k_first_position, q_position) + offs_n)[:, None] - offs_m[None, :]
         else:
             q_position = 0
             distance = 0
@@ -122,6 +123,7 @@ def _columns(
             bias_key_stride,
             block_bias,
             MASKED,
+            False,
             HAS_LOW,
             HAS_HIGH,
             HAS_PADDING,

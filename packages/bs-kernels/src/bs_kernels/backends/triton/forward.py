@@ -96,7 +96,8 @@ def _attend(
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         if MASKED or HAS_DROPOUT:
             k_position = tl.load(kv_start + block)
-            distance = clamp_distance(k_position, q_first_position) + (offs_n[None, :] - offs_m[:, None])
+            # The distance of the blocks goes in first: what did not change from step to step would be kept in registers.
+            distance = (clamp_distance(k_position, q_first_position) + offs_n)[None, :] - offs_m[:, None]
         else:
             k_position = 0
             distance = 0
@@ -133,6 +134,7 @@ def _attend(
                 bias_key_stride,
                 block_bias,
                 MASKED,
+                True,
                 HAS_LOW,
                 HAS_HIGH,
                 HAS_PADDING,

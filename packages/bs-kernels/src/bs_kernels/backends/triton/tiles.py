@@ -90,6 +90,7 @@ def adjust(
     bias_key_stride,
     block_bias,
     MASKED: tl.constexpr,
+    ENDS: tl.constexpr,
     HAS_LOW: tl.constexpr,
     HAS_HIGH: tl.constexpr,
     HAS_PADDING: tl.constexpr,
@@ -108,6 +109,8 @@ def adjust(
         low, high: the band of distances that are kept.
         padding, attn_bias, block_bias: pointers at this batch element and head.
         MASKED: the band or the end of a block may cut into this tile.
+        ENDS: whether keys beyond the end of their block are masked. Where scores of one key never meet those of
+            another, they need not be; queries beyond the end never do.
         ATTN_BIAS: 0 none, 1 boolean, 2 floating.
     """
     if HAS_BLOCK_BIAS:
@@ -116,12 +119,12 @@ def adjust(
         pointers = attn_bias + q_token.to(tl.int64) * bias_query_stride + k_token.to(tl.int64) * bias_key_stride
         scores += tl.load(pointers, mask=q_in & k_in, other=0.0).to(tl.float32) * LOG2E
     if MASKED:
-        keep = q_in & k_in
+        if ENDS:
+            scores = tl.where(k_in, scores, float("-inf"))
         if HAS_LOW:
-            keep = keep & (distance >= low)
+            scores = tl.where(distance >= low, scores, float("-inf"))
         if HAS_HIGH:
-            keep = keep & (distance <= high)
-        scores = tl.where(keep, scores, float("-inf"))
+            scores = tl.where(distance <= high, scores, float("-inf"))
     if HAS_PADDING:
         scores = tl.where(tl.load(padding + k_token, mask=k_in, other=0) != 0, scores, float("-inf"))
     if HAS_SEGMENTS:
