@@ -131,6 +131,7 @@ def deepspeed():
             "train_micro_batch_size_per_gpu": 2,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": 0.0,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         },
     )
