@@ -29,9 +29,19 @@ except ImportError:  # run as a script
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+AVX512_BF16 = (*AVX512, "-mavx512bf16")
 #: Flags of each instruction set's translation unit, csrc/isa_<name>.cpp. Another one is a file, an entry here and
 #: a slot in dispatch.cpp.
-ISA_FLAGS = {"portable": (), "avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
+ISA_FLAGS = {
+    "portable": (),
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx_bf16": (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+    "amx_bf16_emulated": (),
+}
+#: Built for every processor; the others are for `X86`.
+ANYWHERE = ("portable", "amx_bf16_emulated")
 X86 = ("x86_64", "amd64")
 
 
@@ -95,7 +105,7 @@ def compile_core(sources: Path, library: Path, scratch: Path, main: Path | None 
         _run([*compiler, *FLAGS, *openmp, *flags, *extra, "-c", str(sources / f"{name}.cpp"), "-o", str(target)])
         return target
 
-    names = [name for name in ISA_FLAGS if name == "portable" or platform.machine().lower() in X86]
+    names = [name for name in ISA_FLAGS if name in ANYWHERE or platform.machine().lower() in X86]
     objects, isa = [], []
     with ThreadPoolExecutor(max_workers=min(len(names), os.cpu_count() or 1)) as pool:
         jobs = {name: pool.submit(build, f"isa_{name}", ISA_FLAGS[name]) for name in names}

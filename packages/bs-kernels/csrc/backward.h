@@ -60,6 +60,7 @@ class Backward {
     const long heads = c_.batch * c_.kv_heads, row_tasks = c_.batch * c_.q_heads * c_.q_blocks;
     const long column_tasks = c_.page_table ? c_.kv_heads * readers_.count : heads * c_.kv_blocks;
     run_team(c_.num_threads, [&](int thread) {
+      const TileRegion<V> tiles;
       Space s(*this, space + thread * own, by_heads ? c_.kv_len : largest);
       if (prepare) {
         for (long x; (x = packs.take()) < prepare_items(c_);) {
@@ -85,6 +86,9 @@ class Backward {
  private:
   friend class BiasGradient<V>;
   static constexpr long L = 2 * V::W;
+  // Lanes of a row of p_rows and ds_rows: a matrix tile takes whole rows, zero where there is no query.
+  template <int MV>
+  static constexpr long kPairLanes = V::TILES ? L : MV * V::W;
 
   // One tile of queries and everything that its products read.
   struct Tile : Queries<V> {
@@ -157,6 +161,11 @@ class Backward {
     const char* g = at(c_.dout, c_.dtype, b, first, h);
     load_rows_paired<V>(q, c_.q.token * size, c_.dtype, count, c_.dim, t.query_rows, d_pad_);
     load_rows_paired<V>(g, c_.dout.token * size, c_.dtype, count, c_.v_dim, t.dout_rows, v_pad_);
+    if constexpr (V::TILES) {  // a tile takes all pairs of queries
+      const long pairs = (count + 1) / 2, missing = L / 2 - pairs;
+      std::memset(t.query_rows + pairs * d_pad_, 0, size_t(missing * d_pad_) * 4);
+      std::memset(t.dout_rows + pairs * v_pad_, 0, size_t(missing * v_pad_) * 4);
+    }
     if constexpr (V::PAIR == 1) {
       transpose_rows<V>(t.query_rows, d_pad_, count, t.query_panel, lanes);
       transpose_rows<V>(t.dout_rows, v_pad_, count, t.dout_panel, lanes);
@@ -304,9 +313,8 @@ class Backward {
     constexpr long lanes = MV * V::W;
     TileMask mask;
     if (!score<MV>(t, kv_head, keys, mask, s)) return;
-    const long rows = keys.count, even = round_up(rows, V::PAIR);
-    if (even > rows)
-      for (long l = 0; l < lanes; ++l) s.scores[rows * lanes + l] = -kInf, s.dscores[rows * lanes + l] = 0.f;
+    const long rows = keys.count, even = round_up(rows, kKeyStep<V>);
+    for (long x = rows * lanes; x < even * lanes; ++x) s.scores[x] = -kInf, s.dscores[x] = 0.f;
     const bool sums = wants != Wants::Keys && c_.dblock_bias;
     float sum;
     if (drop_.on) {
@@ -320,7 +328,7 @@ class Backward {
 
     const float* p = V::PAIR == 2 ? s.p_rows : s.scores;
     const float* ds = V::PAIR == 2 ? s.ds_rows : s.dscores;
-    const long step = lanes / V::PAIR * 4, depth = units<V>(t.count);
+    const long step = kPairLanes<MV> / V::PAIR * 4, depth = units<V>(t.count);
     if constexpr (wants != Wants::Queries) {
       product_lanes<V, Walk::Rows, Into::Add>(int(v_pad_ / V::W), rows, depth, p, step, t.dout_rows, v_pad_,
                                               dv + keys.offset * v_pad_, v_pad_);
@@ -346,6 +354,10 @@ class Backward {
     constexpr long lanes = MV * V::W;
     const typename V::f factor = V::all(drop_.scale);
     typename V::f total = V::all(0.f);
+    if constexpr (V::TILES && MV == 1) {
+      std::memset(s.p_rows, 0, size_t(rows * L) * 2);
+      std::memset(s.ds_rows, 0, size_t(rows * L) * 2);
+    }
     for (int j = 0; j < MV; ++j) {
       const typename V::f lse = V::load(t.lse + j * V::W), delta = V::load(t.delta + j * V::W);
       auto pair = [&](long n, typename V::f& p, typename V::f& d) {
@@ -367,14 +379,14 @@ class Backward {
         }
       } else {
         for (long n = 0; n < rows; n += 2) {
-          const long x = n * lanes + j * V::W, y = x + lanes;
           typename V::f p0, p1, d0, d1;
           pair(n, p0, d0);
           pair(n + 1, p1, d1);
-          V::store_bf16(s.p_rows + x / 2, p0);
-          V::store_bf16(s.p_rows + y / 2, p1);
-          V::store_bf16(s.ds_rows + x / 2, d0);
-          V::store_bf16(s.ds_rows + y / 2, d1);
+          const long to = (n * kPairLanes<MV> + j * V::W) / 2, next = to + kPairLanes<MV> / 2;
+          V::store_bf16(s.p_rows + to, p0);
+          V::store_bf16(s.p_rows + next, p1);
+          V::store_bf16(s.ds_rows + to, d0);
+          V::store_bf16(s.ds_rows + next, d1);
           V::store(s.ds_pairs + n / 2 * lanes + j * V::W, V::pair(d0, d1));
           if (sums) total = V::add(total, V::add(d0, d1));
         }

@@ -7,11 +7,19 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 5
+#define BSA_ABI_VERSION 6
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
 enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
-enum { BSA_ISA_PORTABLE = 0, BSA_ISA_AVX2 = 1, BSA_ISA_AVX512 = 2, BSA_ISA_AVX512_BF16 = 3, BSA_ISA_COUNT = 4 };
+enum {
+  BSA_ISA_PORTABLE = 0,
+  BSA_ISA_AVX2 = 1,
+  BSA_ISA_AVX512 = 2,
+  BSA_ISA_AVX512_BF16 = 3,
+  BSA_ISA_AMX_BF16 = 4,
+  BSA_ISA_AMX_BF16_EMULATED = 5,  // for tests: the AMX engine on any machine, slow; chosen only by name
+  BSA_ISA_COUNT = 6
+};
 // How backward splits its work. Every choice gives the same bits.
 enum { BSA_SPLIT_AUTO = 0, BSA_SPLIT_HEADS = 1, BSA_SPLIT_BLOCKS = 2 };
 
@@ -68,6 +76,7 @@ typedef struct {
 BSA_EXPORT int bsa_abi_version(void);
 BSA_EXPORT const char* bsa_isa_name(int isa);
 BSA_EXPORT int bsa_isa_supported(int isa);  // 1 when compiled in and this machine runs it
+BSA_EXPORT const char* bsa_isa_refused(int isa);  // why it is not supported; null when it is
 BSA_EXPORT int bsa_openmp(void);            // 1 when built with threads
 
 // With `need`, nothing runs: the bytes of workspace that the call takes are written there.

@@ -1,6 +1,8 @@
 // The exported functions: which engine runs a call.
+#include "amx_support.h"
 #include "call.h"
 #include "engine.h"
+#include "self_test.h"
 
 // The build defines BSA_WITH_<NAME> for every instruction set that it compiled.
 namespace {
@@ -21,13 +23,21 @@ const bsa_engine* engine(int isa) {
     case BSA_ISA_AVX512_BF16:
       return &bsa_engine_avx512_bf16;
 #endif
+#if defined(BSA_WITH_AMX_BF16)
+    case BSA_ISA_AMX_BF16:
+      return &bsa_engine_amx_bf16;
+#endif
+#if defined(BSA_WITH_AMX_BF16_EMULATED)
+    case BSA_ISA_AMX_BF16_EMULATED:
+      return &bsa_engine_amx_bf16_emulated;
+#endif
     default:
       return nullptr;
   }
 }
 
 bool machine_runs(int isa) {
-  if (isa == BSA_ISA_PORTABLE) return true;
+  if (isa == BSA_ISA_PORTABLE || isa == BSA_ISA_AMX_BF16_EMULATED) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -35,11 +45,40 @@ bool machine_runs(int isa) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (isa == BSA_ISA_AVX2) return avx2;
   if (isa == BSA_ISA_AVX512) return avx512;
-#if defined(BSA_WITH_AVX512_BF16)
-  if (isa == BSA_ISA_AVX512_BF16) return avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(BSA_WITH_AVX512_BF16) || defined(BSA_WITH_AMX_BF16)
+  return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
 #endif
   return false;
+}
+
+// Null, or why tiles are not to be used. The real ones are asked for only where the processor and the kernel grant them, and both
+// kinds run calls only after the self-test.
+const char* tiles_fail(int isa) {
+  if (isa == BSA_ISA_AMX_BF16) {
+    const char* reason = tiles_refused();
+#if defined(BSA_TRAPPED_TILES)  // the tests' driver carries the instructions out itself: csrc/tests/trapped_tiles.h
+    reason = nullptr;
+#endif
+    if (reason) return reason;
+  }
+  return SelfTest().agrees(*engine(isa), bsa_engine_portable) ? nullptr : "it failed its self-test: its results differ from the portable engine's";
+}
+
+const char* refused(int isa) {
+  if (isa < 0 || isa >= BSA_ISA_COUNT) return "there is no such instruction set";
+  if (!engine(isa)) return "the build left it out";
+  if (!machine_runs(isa)) return "this processor does not have it";
+  // Once per process, at the first question.
+  if (isa == BSA_ISA_AMX_BF16) {
+    static const char* const reason = tiles_fail(BSA_ISA_AMX_BF16);
+    return reason;
+  }
+  if (isa == BSA_ISA_AMX_BF16_EMULATED) {
+    static const char* const reason = tiles_fail(BSA_ISA_AMX_BF16_EMULATED);
+    return reason;
+  }
+  return nullptr;
 }
 
 int resolve(const bsa_call* c, const bsa_engine** out) {
@@ -48,10 +87,13 @@ int resolve(const bsa_call* c, const bsa_engine** out) {
   if (c->kv_heads < 1 || c->q_heads % c->kv_heads || c->dim < 1 || c->v_dim < 1) return BSA_BAD_ARGUMENT;
   if ((c->layouts != 1 && c->layouts != c->batch) || (c->layout_heads != 1 && c->layout_heads != c->q_heads)) return BSA_BAD_ARGUMENT;
   if (!c->q_segments != !c->kv_segments) return BSA_BAD_ARGUMENT;
-  if (!bsa_isa_supported(c->isa)) return BSA_NO_ISA;
-  *out = engine(c->isa);
-  // Pairs are for bf16 alone.
-  if (c->isa == BSA_ISA_AVX512_BF16 && c->dtype != BSA_BF16) *out = engine(BSA_ISA_AVX512);
+  if (refused(c->isa)) return BSA_NO_ISA;
+  int isa = c->isa;
+  if (c->dtype != BSA_BF16) {  // pairs and tiles are for bf16 alone
+    if (isa == BSA_ISA_AVX512_BF16 || isa == BSA_ISA_AMX_BF16) isa = BSA_ISA_AVX512;
+    if (isa == BSA_ISA_AMX_BF16_EMULATED) isa = BSA_ISA_PORTABLE;
+  }
+  *out = engine(isa);
   return *out ? BSA_OK : BSA_NO_ISA;
 }
 
@@ -62,11 +104,14 @@ extern "C" {
 int bsa_abi_version(void) { return BSA_ABI_VERSION; }
 
 const char* bsa_isa_name(int isa) {
-  static const char* const names[BSA_ISA_COUNT] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  static const char* const names[BSA_ISA_COUNT] = {"portable",    "avx2",     "avx512",
+                                                    "avx512_bf16", "amx_bf16", "amx_bf16_emulated"};
   return isa >= 0 && isa < BSA_ISA_COUNT ? names[isa] : nullptr;
 }
 
-int bsa_isa_supported(int isa) { return engine(isa) && machine_runs(isa); }
+int bsa_isa_supported(int isa) { return refused(isa) == nullptr; }
+
+const char* bsa_isa_refused(int isa) { return refused(isa); }
 
 int bsa_openmp(void) {
 #if defined(_OPENMP)

@@ -8,7 +8,8 @@ struct bsa_engine {
   int (*backward)(const bsa_call*, int64_t* need);
 };
 
-extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512, bsa_engine_avx512_bf16;
+extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512, bsa_engine_avx512_bf16, bsa_engine_amx_bf16,
+    bsa_engine_amx_bf16_emulated;
 
 #define BSA_DEFINE_ENGINE(NAME, V)                                              \
   static int run_forward(const bsa_call* c, int64_t* need) { return Forward<V>(*c).run(need); }    \

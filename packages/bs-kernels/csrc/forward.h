@@ -45,6 +45,7 @@ class Forward {
     const long pack_items = prepare_items(c_);
     const bool prepare = keys_.packed() || values_.packed() || info_.padded || info_.lowest;
     run_team(threads_, [&](int thread) {
+      const TileRegion<V> tiles;
       if (prepare) {
         for (long x; (x = packs.take()) < pack_items;) prepare_block(c_, x, info_, keys_, values_);
         if (threads_ > 1) barrier();
@@ -137,10 +138,8 @@ class Forward {
                                             peak);
     if (mask.any()) mask_scores<V, MV>(scores, keys.count, mask, peak);
     long rows = keys.count;
-    if (V::PAIR == 2 && (rows & 1)) {
+    for (; rows % kKeyStep<V>; ++rows)
       for (long l = 0; l < lanes; ++l) scores[rows * lanes + l] = -kInf;
-      ++rows;
-    }
     if (drop_.on) {
       uint32_t keep[kKeys * MV];
       drop_.keep<V, MV>(tile.b, tile.h, mask.query0, mask.key0, rows, keep);

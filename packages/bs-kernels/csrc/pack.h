@@ -16,6 +16,10 @@ constexpr long units(long n) {
   return (n + V::PAIR - 1) / V::PAIR;
 }
 
+// Keys that a product over keys takes at a time: a pair, or a tile.
+template <class V>
+constexpr long kKeyStep = V::TILES ? 32 : V::PAIR;
+
 // Row of `n` elements -> operands, zero padded to `padded` operands. PAIR 2 keeps bf16; otherwise the row becomes f32.
 template <class V>
 BSA_INLINE void load_row(const void* src, int dtype, long n, float* dst, long padded) {
@@ -134,6 +138,32 @@ void load_rows_paired(const char* src, long row_bytes, int dtype, long count, lo
       std::memset(o + n, 0, size_t(ld - n) * 4);
     }
   }
+}
+
+// `count` rows of `n` elements -> the columns operand of matrix tiles: out[row / 32][element][row % 32] in bf16, the elements padded
+// to whole tiles; what is missing is zero.
+template <class V>
+void load_tiles(const char* src, long row_bytes, long count, long n, float* out) {
+  const long padded = round_up(n, 16);
+  for (long r = 0; r < count; r += 32)
+    for (long x = 0; x < padded; x += 16, out += 16 * 16) {
+      uint32_t pairs[16][16] = {};  // [pair of rows][element]
+      const long width = n - x < 16 ? n - x : 16;
+      for (long y = 0; y < 32 && r + y < count; y += 2) {
+        uint16_t even[16] = {}, odd[16] = {};
+        const char* at = src + (r + y) * row_bytes + 2 * x;
+        const bool both = r + y + 1 < count;
+        if (width == 16) {
+          std::memcpy(even, at, 32);
+          if (both) std::memcpy(odd, at + row_bytes, 32);
+        } else {
+          std::memcpy(even, at, size_t(width) * 2);
+          if (both) std::memcpy(odd, at + row_bytes, size_t(width) * 2);
+        }
+        for (long e = 0; e < 16; ++e) pairs[y / 2][e] = uint32_t(even[e]) | uint32_t(odd[e]) << 16;
+      }
+      V::transpose(reinterpret_cast<const float*>(pairs), 16, out, 16);
+    }
 }
 
 }  // namespace

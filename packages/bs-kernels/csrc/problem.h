@@ -94,24 +94,27 @@ class Operand {
  public:
   enum Form {
     Natural,  // one row per key
-    Paired,   // for PAIR 2: one row per two keys, interleaved; for PAIR 1 the same as Natural
+    Paired,   // for PAIR 2: one row per two keys, interleaved (for TILES: per 32 keys, see load_tiles); for PAIR 1 as Natural
   };
   Operand(const bsa_call& call, const bsa_tensor& tensor, long n, Form form)
       : c_(call), t_(tensor), n_(n), paired_(form == Paired && V::PAIR == 2) {
     // Rows that lie far apart share few cache sets, so f32 rows are packed too unless each is read only a few times.
     const bool near = t_.token == n || Layout(c_).queries_per_key() < 256;
-    const bool in_place = V::PAIR == 2 ? !paired_ && n % 2 == 0 : c_.dtype == BSA_F32 && near;
+    const bool in_place = V::TILES ? !paired_ && n % 32 == 0 && near : V::PAIR == 2 ? !paired_ && n % 2 == 0 : c_.dtype == BSA_F32 && near;
     packed_ = !in_place;
-    ld_ = packed_ ? (paired_ ? n : units<V>(n)) : 0;
+    if (V::TILES)
+      ld_ = paired_ ? round_up(n, 16) * 16 : round_up(units<V>(n), 16);
+    else
+      ld_ = paired_ ? n : units<V>(n);
   }
   bool packed() const { return packed_; }
   long bytes() const { return packed_ ? c_.batch * c_.kv_heads * rows() * ld_ * 4 : 0; }
   void use(float* memory) { memory_ = memory; }
   long row_bytes() const { return packed_ ? ld_ * 4 : t_.token * element_size(c_.dtype); }
-  // Row of key `offset` of block j (even for pairs).
+  // Row of key `offset` of block j (a multiple of kKeyStep for pairs).
   const char* block(long b, long kv_head, long j, long offset) const {
     if (!packed_) return block_at(c_, t_, b, j, kv_head) + offset * row_bytes();
-    return reinterpret_cast<const char*>(memory_ + row(b, kv_head, j) * ld_) + (paired_ ? offset / 2 : offset) * row_bytes();
+    return reinterpret_cast<const char*>(memory_ + row(b, kv_head, j) * ld_) + (paired_ ? offset / kKeyStep<V> : offset) * row_bytes();
   }
   void pack(long b, long kv_head, long j) {
     if (!packed_) return;
@@ -119,17 +122,21 @@ class Operand {
     const char* src = block_at(c_, t_, b, j, kv_head);
     const long step = t_.token * element_size(c_.dtype), count = layout.kv_size(j);
     float* dst = memory_ + row(b, kv_head, j) * ld_;
-    if (paired_)
+    if (paired_ && V::TILES)
+      load_tiles<V>(src, step, count, n_, dst);
+    else if (paired_)
       load_rows_paired<V>(src, step, c_.dtype, count, n_, dst, ld_);
     else
       for (long r = 0; r < count; ++r) load_row<V>(src + r * step, c_.dtype, n_, dst + r * ld_, ld_);
   }
 
  private:
-  // With pairs every block has room for its own last half pair: (bounds[j] + j + 1) / 2 never lets two blocks overlap.
-  long rows() const { return paired_ ? (c_.kv_len + c_.kv_blocks + 1) / 2 : c_.kv_len; }
+  // With pairs (or tiles) of keys every block has room for its own unfilled last one: rounding bounds[j] + j (step - 1) down
+  // never lets two blocks overlap.
+  static constexpr long kStep = kKeyStep<V>;
+  long rows() const { return paired_ ? (c_.kv_len + c_.kv_blocks * (kStep - 1)) / kStep : c_.kv_len; }
   long row(long b, long kv_head, long j) const {
-    const long first = paired_ ? (c_.kv_bounds[j] + j + 1) / 2 : c_.kv_bounds[j];
+    const long first = paired_ ? (c_.kv_bounds[j] + j * (kStep - 1)) / kStep : c_.kv_bounds[j];
     return (b * c_.kv_heads + kv_head) * rows() + first;
   }
   const bsa_call& c_;
@@ -220,7 +227,7 @@ inline float bias_of(const bsa_call& c, long b, long h, long slot) {
   return c.block_bias ? c.block_bias[b * c.bias_batch + h * c.bias_head + c.entries[slot]] : 0.f;
 }
 
-// Cuts `keys` down to what the band leaves for some query; false when nothing is left. Pairs stay whole.
+// Cuts `keys` down to what the band leaves for some query; false when nothing is left. Pairs and tiles stay whole.
 template <class V>
 BSA_INLINE bool clip(const bsa_call& c, const KeyBlocks& info, const Queries<V>& q, Keys& keys, TileMask& mask) {
   const long x = q.b * c.kv_blocks + keys.block;
@@ -232,7 +239,11 @@ BSA_INLINE bool clip(const bsa_call& c, const KeyBlocks& info, const Queries<V>&
   if (from < keys.offset) from = keys.offset;
   if (to > keys.offset + keys.count) to = keys.offset + keys.count;
   if (from >= to) return false;
-  if (V::PAIR == 2) from -= (from - keys.offset) & 1;
+  from -= (from - keys.offset) % kKeyStep<V>;
+  if (V::TILES && to < keys.offset + keys.count) {  // whole tiles; the mask takes what is too much
+    to = keys.offset + round_up(to - keys.offset, 16);
+    if (to > keys.offset + keys.count) to = keys.offset + keys.count;
+  }
   keys.offset = from;
   keys.count = to - from;
   mask.key0 = start + from;

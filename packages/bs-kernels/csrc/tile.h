@@ -1,29 +1,13 @@
-// Register-tiled products. Everything the engine multiplies is one form:
-//
-//   C[i][lane] (+)= sum_k A(i, k) * B[k][lane]        i < rows, lane < MV * W
-//
-// with A read one 32-bit operand at a time and spread over the lanes, B and C in rows of lanes. A "columns" operand has its
-// k index strided (A + k * stride + i), a "rows" operand its i index (A + i * stride + k). Per element of C the sum runs over k
-// in ascending order whatever the tiling, so tilings never change bits.
+// Register-tiled products in the form of forms.h: an operand of A is spread over the lanes and multiplied by a vector of B. Per
+// element of C the sum runs over k in ascending order whatever the tiling, so tilings never change bits. Vector types with
+// matrix tiles use these for what amx.h leaves.
 #pragma once
 #include <cstdint>
 
+#include "amx.h"
+#include "forms.h"
+
 namespace {
-
-enum class Walk { Rows, Columns };
-
-// What happens to a finished sum.
-enum class Into {
-  Add,    // C += sum
-  Set,    // C = sum
-  Score,  // C = factor * sum + shift, and peak[lane] = max(peak[lane], C)
-};
-
-#if defined(__GNUC__)
-#define BSA_INLINE inline __attribute__((always_inline))
-#else
-#define BSA_INLINE inline
-#endif
 
 // Rows of bf16 pairs may start at any even address.
 BSA_INLINE float operand(const char* p) {
@@ -107,6 +91,11 @@ void product(long rows, long depth, const void* a_, long stride, const float* b,
                                        long ldc, float factor = 1.f, float shift = 0.f, float* peak = nullptr) {
   const char* a = static_cast<const char*>(a_);
   const long step = walk == Walk::Rows ? stride : 4;  // bytes from one row of the tile to the next
+  if constexpr (V::TILES) {
+    const long done = tile_product<V, MV, walk, into>(rows, depth, a, stride, b, ldb, c, ldc, factor, shift, peak);
+    if constexpr (walk == Walk::Columns) return;
+    rows -= done, a += done * step, c += done * ldc;
+  }
   constexpr int R = V::ROWS;
   for (; rows >= R; rows -= R, a += R * step, c += R * ldc)
     register_tile<V, R, MV, walk, into>(depth, a, stride, b, ldb, c, ldc, factor, shift, peak);

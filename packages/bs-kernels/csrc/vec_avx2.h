@@ -11,6 +11,7 @@ struct Avx2 {
   static constexpr int W = 8;
   static constexpr int ROWS = 6;
   static constexpr int PAIR = 1;
+  static constexpr bool TILES = false;
   using f = __m256;
   static f load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, f v) { _mm256_storeu_ps(p, v); }

@@ -11,6 +11,7 @@ struct Avx512 {
   static constexpr int W = 16;        // lanes of a vector
   static constexpr int ROWS = 12;     // rows of the register tile
   static constexpr int PAIR = 1;      // elements that one 32-bit operand holds
+  static constexpr bool TILES = false;  // has matrix tiles: see amx.h
   using f = __m512;
   static f load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, f v) { _mm512_storeu_ps(p, v); }

@@ -10,6 +10,7 @@ struct Portable {
   static constexpr int W = 4;
   static constexpr int ROWS = 4;
   static constexpr int PAIR = 1;
+  static constexpr bool TILES = false;
   typedef float f __attribute__((vector_size(16)));
   typedef int32_t i __attribute__((vector_size(16)));
   static f load(const float* p) {

@@ -63,9 +63,6 @@ def no_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     [
         ({"device": "cuda"}, "CPU"),
         ({"dtype": torch.float64}, "float64"),
-        ({"attn_bias": "float", "attn_bias_grad": True}, "attn_bias"),
-        ({"dropout": True}, "dropout"),
-        ({"paged": True, "backward": True}, "paged"),
     ],
 )
 def test_reasons(change: dict, reason: str) -> None:
@@ -77,6 +74,15 @@ def test_reasons(change: dict, reason: str) -> None:
 
 
 @needs_core
+@pytest.mark.parametrize(
+    "change", [{"attn_bias": "float", "attn_bias_grad": True}, {"dropout": True}, {"paged": True}], ids=str
+)
+def test_arguments_are_no_reason(change: dict) -> None:
+    problem = replace(PROBLEM, backward=True, **change)
+    assert NativeBackend().not_supported_reasons(problem) == []
+
+
+@needs_core
 def test_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     core = _native_lib.load()
     monkeypatch.setenv("BS_KERNELS_ISA", "portable")
@@ -85,7 +91,23 @@ def test_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"BS_KERNELS_ISA: expected one of portable.*'sse9'"):
         _ = core.isa
     monkeypatch.delenv("BS_KERNELS_ISA")
-    assert core.isa == core.supported[-1]
+    assert core.isa == [name for name in core.supported if name != _native_lib.EMULATED][-1]
+
+
+@needs_core
+def test_every_instruction_set_runs_or_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = _native_lib.load()
+    assert {*core.supported, *core.refused} == set(_native_lib.ISA_NAMES)
+    assert core.supported == tuple(name for name in _native_lib.ISA_NAMES if name not in core.refused)
+    assert all(core.refused.values())
+    monkeypatch.setenv("BS_KERNELS_ISA", "portable")
+    detail = NativeBackend().detail(replace(PROBLEM, dtype=torch.bfloat16))
+    assert detail.startswith("portable")
+    for name, reason in core.refused.items():
+        assert (f"not {name}: {reason}" in detail) == (name != _native_lib.EMULATED)
+        monkeypatch.setenv("BS_KERNELS_ISA", name)
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            _ = core.isa
 
 
 def test_missing_core_is_a_reason_with_the_compilers_words(no_core: Path) -> None:

@@ -409,8 +409,10 @@ def rows_of(plan: LayoutPlan) -> list[tuple[int, int]]:
     return list(zip(plan.row_begin[0, 0].tolist(), plan.row_end[0, 0].tolist(), strict=True))
 
 
+@pytest.mark.parametrize("isa", ISA)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_strided_inputs_are_read_in_place(dtype: torch.dtype) -> None:
+def test_strided_inputs_are_read_in_place(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BS_KERNELS_ISA", isa)
     call = PLAIN.call(dtype)
     out, lse = NATIVE.forward(call, dtype)
     dout = torch.randn_like(out)

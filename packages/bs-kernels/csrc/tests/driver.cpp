@@ -8,6 +8,9 @@
 #include <vector>
 
 #include "../call.h"
+#if defined(BSA_TRAPPED_TILES)
+#include "trapped_tiles.h"
+#endif
 
 namespace {
 
@@ -346,7 +349,7 @@ void run(long number) {
     const Answer a = define(p, q, k, v, dout, dlse, delta);
     for (int isa = 0; isa < BSA_ISA_COUNT; ++isa) {
       if (!bsa_isa_supported(isa)) continue;
-      const double epsilon = isa == BSA_ISA_AVX512_BF16 && dtype == BSA_BF16 ? 0x1p-9 : 0x1p-24 * 8;
+      const double epsilon = isa >= BSA_ISA_AVX512_BF16 && dtype == BSA_BF16 ? 0x1p-9 : 0x1p-24 * 8;
       Tensor out(g, BSA_F32, c.batch, c.q_len, c.q_heads, c.v_dim, false), dq(g, BSA_F32, c.batch, c.q_len, c.q_heads, c.dim, false);
       Tensor dk(g, BSA_F32, p.key_batches(), p.key_tokens(), c.kv_heads, c.dim, false);
       Tensor dv(g, BSA_F32, p.key_batches(), p.key_tokens(), c.kv_heads, c.v_dim, false);
@@ -394,8 +397,15 @@ void run(long number) {
 }  // namespace
 
 int main(int argc, char** argv) {
+#if defined(BSA_TRAPPED_TILES)
+  TrappedTiles::install();
+#endif
   const long problems = argc > 1 ? std::atol(argv[1]) : 40;
   for (long n = 0; n < problems; ++n) run(n);
+#if defined(BSA_TRAPPED_TILES)
+  std::printf("%s: %ld tile instructions trapped\n", bsa_isa_supported(BSA_ISA_AMX_BF16) ? "amx_bf16 ran" : "amx_bf16 did not run",
+              TrappedTiles::executed());
+#endif
   std::printf("%ld problems, %d failures\n", problems, failures);
   return failures != 0;
 }

@@ -15,12 +15,25 @@ from torch import Tensor
 
 from bs_memory import default_pool
 
-__all__ = ["ISA_NAMES", "CoreCall", "CoreTensor", "NativeCore", "NativeUnavailableError", "load", "missing_reason"]
+__all__ = [
+    "EMULATED",
+    "ISA_NAMES",
+    "CoreCall",
+    "CoreTensor",
+    "NativeCore",
+    "NativeUnavailableError",
+    "load",
+    "missing_reason",
+]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 5
+ABI_VERSION = 6
 #: Instruction sets by their number in csrc/call.h, slowest first.
-ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16")
+ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated")
+#: For tests: runs anywhere, slowly, and only when ``BS_KERNELS_ISA`` names it.
+EMULATED = "amx_bf16_emulated"
+#: What runs other types than bfloat16, as in csrc/dispatch.cpp.
+_WIDE = {"avx512_bf16": "avx512", "amx_bf16": "avx512", EMULATED: "portable"}
 
 #: The fields of a `LayoutPlan` that the core reads, in the order in which it takes them.
 PLAN_LISTS = (
@@ -105,11 +118,29 @@ class NativeCore:
             )
         self.path = path
         self.threaded = bool(library.bsa_openmp())
-        self.supported = tuple(name for number, name in enumerate(ISA_NAMES) if library.bsa_isa_supported(number))
+        library.bsa_isa_refused.restype = ctypes.c_char_p
+        self._refused = library.bsa_isa_refused
+        self._fastest = next(name for name in reversed(ISA_NAMES) if name != EMULATED and self.refusal(name) is None)
         self._run = {name: getattr(library, f"bsa_{name}") for name in ("forward", "backward")}
         for function in self._run.values():
             function.argtypes = (ctypes.POINTER(CoreCall), ctypes.POINTER(ctypes.c_int64))
             function.restype = ctypes.c_int
+
+    def refusal(self, name: str) -> str | None:
+        """Why an instruction set cannot run here; None if it can. The first question may take a self-test."""
+        reason = self._refused(ISA_NAMES.index(name))
+        return None if reason is None else reason.decode()
+
+    @property
+    def supported(self) -> tuple[str, ...]:
+        """Instruction sets that can run here, slowest first; `EMULATED`, if it is among them, last."""
+        return tuple(name for name in ISA_NAMES if self.refusal(name) is None)
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Why each of the others cannot."""
+        reasons = {name: self.refusal(name) for name in ISA_NAMES}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     @property
     def isa(self) -> str:
@@ -120,10 +151,23 @@ class NativeCore:
         """
         asked = os.environ.get("BS_KERNELS_ISA")
         if not asked:
-            return self.supported[-1]
-        if asked not in self.supported:
-            raise ValueError(f"BS_KERNELS_ISA: expected one of {', '.join(self.supported)} here, got {asked!r}")
+            return self._fastest
+        reason = self.refusal(asked) if asked in ISA_NAMES else "there is no such instruction set"
+        if reason is not None:
+            raise ValueError(
+                f"BS_KERNELS_ISA: expected one of {', '.join(self.supported)} here, got {asked!r}: {reason}"
+            )
         return asked
+
+    def engine(self, bfloat16: bool) -> str:
+        """The instruction set that a call takes: those that are for bfloat16 alone leave the rest to another."""
+        isa = self.isa
+        return isa if bfloat16 else _WIDE.get(isa, isa)
+
+    def faster(self) -> dict[str, str]:
+        """Instruction sets that would be faster than `isa`, and why they do not run."""
+        reasons = {name: self.refusal(name) for name in ISA_NAMES[ISA_NAMES.index(self.isa) + 1 :] if name != EMULATED}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def run(self, name: str, call: CoreCall) -> None:
         """Run ``bsa_<name>`` on a workspace from the default pool.

@@ -36,6 +36,13 @@ class NativeBackend:
             reasons.append(missing)
         return reasons
 
+    def detail(self, problem: Problem) -> str:
+        """The instruction set that runs, and why no faster one does."""
+        core = _native_lib.load()
+        narrow = problem.dtype == torch.bfloat16
+        faster = core.faster() if narrow else {}
+        return "; ".join([core.engine(narrow), *(f"not {name}: {reason}" for name, reason in faster.items())])
+
     def forward(self, call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         batch, q_len, q_heads, _ = call.q.shape
