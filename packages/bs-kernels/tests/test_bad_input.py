@@ -157,14 +157,6 @@ def test_bad_batched_layouts():
         call(layout=BatchedLayout(indices[:2], counts[:2] * 2, 8, (24, 30)))
 
 
-@pytest.mark.parametrize("name", ["triton", "flex", "flash"])
-def test_backends_to_come_say_so(name):
-    if name in [backend.name for backend in BACKENDS]:
-        pytest.skip(f"{name} is part of this version")
-    with pytest.raises(ValueError, match=f"'{name}' is not part of this version"):
-        call(backend=name)
-
-
 class Refusing:
     name = "refusing"
 

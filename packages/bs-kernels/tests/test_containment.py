@@ -13,7 +13,8 @@ BLOCK = 8
 
 
 def supported(case, name):
-    table = explain_backends(case.q, case.k, case.v, case.layout, **case.arguments)
+    q = case.q.clone().requires_grad_()  # with a backward
+    table = explain_backends(q, case.k, case.v, case.layout, **case.arguments)
     return next(report.supported for report in table if report.name == name)
 
 

@@ -61,6 +61,23 @@ class Geometry:
         """int64[KB]; likewise for keys."""
         return self.kv_start + np.diff(self.kv_bounds) - 1
 
+    def dense_offset(self, band: tuple[int, int], listed: int, heads: int) -> int | None:
+        """The first query's position minus the first key's where a layout leaves out nothing; else None.
+
+        Args:
+            band: of the token mask.
+            listed: blocks that keep a pair, over all heads.
+            heads: of the layout.
+        """
+        if 0 in (len(self.q_start), len(self.kv_start)):
+            return None
+        for bounds, start in ((self.q_bounds, self.q_start), (self.kv_bounds, self.kv_start)):
+            if (np.diff(bounds) <= 0).any() or (start - bounds[:-1] != start[0]).any():
+                return None
+        first = np.searchsorted(self.kv_last, self.q_start + band[0], "left")
+        stop = np.searchsorted(self.kv_start, self.q_last + band[1], "right")
+        return int(self.q_start[0] - self.kv_start[0]) if listed == heads * np.maximum(stop - first, 0).sum() else None
+
     def tobytes(self) -> bytes:
         """What distinguishes this geometry, for digests."""
         return b"|".join(a.tobytes() for a in (self.q_bounds, self.kv_bounds, self.q_start, self.kv_start))

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from .backends.base import Backend, Problem
+from .backends.flash import FlashBackend
+from .backends.flex import FlexBackend
 from .backends.native import NativeBackend
 from .backends.reference import ReferenceBackend
 from .backends.torch_blocks import TorchBackend
 from .backends.triton import TritonBackend
+from .hardware import Facts, Ranked, find_facts, rank_backends
 
-__all__ = ["BACKENDS", "PLANNED", "BackendReport", "BackendTable", "explain", "get_backend", "select"]
+__all__ = ["BACKENDS", "BackendReport", "BackendTable", "explain", "get_backend", "select"]
 
 #: Every backend, in the order in which ``backend="auto"`` tries them. To add one: implement `Backend`, list it here.
-BACKENDS: tuple[Backend, ...] = (NativeBackend(), TritonBackend(), TorchBackend(), ReferenceBackend())
-
-#: Backends that users may know of and that this version does not have.
-PLANNED = ("flex", "flash")
+#: Which of them, and in which order on other devices, `hardware.rank_backends` says.
+BACKENDS: tuple[Backend, ...] = (
+    NativeBackend(),
+    FlashBackend(),
+    TorchBackend(),
+    FlexBackend(),
+    TritonBackend(),
+    ReferenceBackend(),
+)
 
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
@@ -31,11 +40,13 @@ class BackendReport:
         name: the backend.
         reasons: why it cannot compute the problem; empty if it can.
         selected: whether ``backend="auto"`` takes it.
+        why: why the backend has this place in the order on this device.
     """
 
     name: str
     reasons: tuple[str, ...]
     selected: bool
+    why: str = ""
 
     @property
     def supported(self) -> bool:
@@ -44,16 +55,21 @@ class BackendReport:
 
 
 class BackendTable(tuple[BackendReport, ...]):
-    """The answers of all backends, in the order in which they are tried; prints as a table."""
+    """The answers of all backends, in the order in which they are tried; prints as a table.
 
-    __slots__ = ()
+    Attributes:
+        facts: about the device.
+    """
+
+    facts: Facts | None = None
 
     def __str__(self) -> str:
         width = max(len(report.name) for report in self)
-        lines = []
+        lines = [] if self.facts is None else [f"on {self.facts}"]
         for report in self:
             verdict = "selected" if report.selected else "can run" if report.supported else "cannot: "
-            lines.append(f"{report.name:<{width}}  {verdict}{'; '.join(report.reasons)}")
+            why = f"  ({report.why})" if report.why and report.supported else ""
+            lines.append(f"{report.name:<{width}}  {verdict}{'; '.join(report.reasons)}{why}")
         return "\n".join(lines)
 
     @property
@@ -67,15 +83,13 @@ def get_backend(name: str) -> Backend:
 
     Raises:
         TypeError: not a string.
-        ValueError: no such backend, or one that is not part of this version.
+        ValueError: no such backend.
     """
     if not isinstance(name, str):
         raise TypeError(f"backend: expected a string, got {type(name).__name__}")
     if name in _BY_NAME:
         return _BY_NAME[name]
     known = ", ".join(["auto", *_BY_NAME])
-    if name in PLANNED:
-        raise ValueError(f"backend: {name!r} is not part of this version of bs-kernels; expected one of {known}")
     raise ValueError(f"backend: expected one of {known}, got {name!r}")
 
 
@@ -87,29 +101,32 @@ def select(name: str, problem: Problem) -> Backend:
         ValueError: the named backend cannot compute the problem; the message lists its reasons.
     """
     if name == "auto":
-        return next(
-            backend
-            for backend in BACKENDS
-            if not backend.not_supported_reasons(problem) and not _is_for_checking(backend, problem)
-        )
+        ranked = ((backend, place) for backend, place in _ordered(Facts(problem.device)) if place.automatic)
+        return next(backend for backend, _ in ranked if not backend.not_supported_reasons(problem))
     backend = get_backend(name)
     if reasons := backend.not_supported_reasons(problem):
         raise ValueError(f"backend: {name!r} cannot compute this: {'; '.join(reasons)}")
     return backend
 
 
-def _is_for_checking(backend: Backend, problem: Problem) -> bool:
-    """Whether a backend runs here only when it is named: Triton on a CPU is an interpreter."""
-    return backend.name == "triton" and problem.device == "cpu"
+def _ordered(facts: Facts) -> list[tuple[Backend, Ranked]]:
+    """The backends in the order of a device; those that it does not rank come first."""
+    ranked = {place.name: (at, place) for at, place in enumerate(rank_backends(facts))}
+    places = [(*ranked.get(backend.name, (-1, Ranked(backend.name, ""))), backend) for backend in BACKENDS]
+    return [(backend, place) for _, place, backend in sorted(places, key=lambda found: found[0])]
 
 
-def explain(problem: Problem) -> BackendTable:
-    """Ask every backend, including those that are not part of this version."""
-    chosen = select("auto", problem).name
-    reports: list[BackendReport] = []
-    for backend in BACKENDS:
-        reasons: Sequence[str] = backend.not_supported_reasons(problem)
-        reports.append(BackendReport(backend.name, tuple(reasons), backend.name == chosen))
-    missing = (name for name in PLANNED if name not in _BY_NAME)
-    reports.extend(BackendReport(name, ("not part of this version",), False) for name in missing)
-    return BackendTable(reports)
+def explain(problem: Problem, device: torch.device) -> BackendTable:
+    """Ask every backend.
+
+    Args:
+        problem: what is to be computed.
+        device: where.
+    """
+    chosen, facts = select("auto", problem).name, find_facts(device)
+    table = BackendTable(
+        BackendReport(backend.name, tuple(backend.not_supported_reasons(problem)), backend.name == chosen, place.why)
+        for backend, place in _ordered(facts)
+    )
+    table.facts = facts
+    return table

@@ -48,7 +48,8 @@ def plan_sizes(plan: LayoutPlan) -> list[int]:
     """The numbers of a plan that the operators take beside its tensors."""
     left, right = plan.token_mask.window or (None, None)
     window = [-1 if side is None else side for side in (left, right)]
-    return [*plan.block_size, *plan.seq_len, int(plan.token_mask.causal), *window]
+    dense = (0, 0) if plan.dense_offset is None else (1, plan.dense_offset)
+    return [*plan.block_size, *plan.seq_len, int(plan.token_mask.causal), *window, *dense]
 
 
 def call_of(operands: Sequence[Any], sinks: Tensor | None = None) -> Call:
@@ -56,7 +57,7 @@ def call_of(operands: Sequence[Any], sinks: Tensor | None = None) -> Call:
     q, k, v, tensors, sizes, scale, padding, q_seg, kv_seg, attn_bias, block_bias, table, p, seed, deterministic = (
         operands
     )
-    block_q, block_kv, len_q, len_kv, causal, left, right = sizes
+    block_q, block_kv, len_q, len_kv, causal, left, right, dense, offset = sizes
     window = None if left == right == -1 else (None if left == -1 else left, None if right == -1 else right)
     plan = LayoutPlan(
         *tensors,
@@ -64,6 +65,7 @@ def call_of(operands: Sequence[Any], sinks: Tensor | None = None) -> Call:
         seq_len=(len_q, len_kv),
         token_mask=TokenMask(bool(causal), window),
         layout_nnz=0 if block_bias is None else block_bias.shape[-1],
+        dense_offset=offset if dense else None,
     )
     return Call(
         q, k, v, plan, scale, padding, q_seg, kv_seg, attn_bias, block_bias, sinks, table, p, seed, deterministic
@@ -106,6 +108,7 @@ def problem_of(call: Call, flags: Sequence[int]) -> Problem:
         block_size=call.plan.block_size,
         layout_heads=call.plan.heads,
         layout_batch=call.plan.batch,
+        dense_offset=call.plan.dense_offset,
         causal=call.plan.token_mask.causal,
         window=call.plan.token_mask.window is not None,
         key_padding=call.key_padding_mask is not None,

@@ -83,6 +83,8 @@ class LayoutPlan:
         layout_nnz: how many blocks the layout lists (≥ the slots of the plan, which drops wholly masked ones).
         order: the name of the processing order, or "custom".
         digest: stable across processes for the same layout, mask, order and positions; None for batched plans.
+        dense_offset: where the plan is dense attention under its token mask (every pair that the mask keeps is in a
+            listed block, positions are consecutive), the first query's position minus the first key's; else None.
     """
 
     row_begin: Tensor
@@ -106,6 +108,7 @@ class LayoutPlan:
     layout_nnz: int
     order: str = "auto"
     digest: str | None = None
+    dense_offset: int | None = None
 
     # -- construction ------------------------------------------------------------------------------------------------
 
@@ -227,7 +230,7 @@ class LayoutPlan:
         )
 
 
-_STATIC_FIELDS = ("block_size", "seq_len", "token_mask", "layout_nnz", "order", "digest")
+_STATIC_FIELDS = ("block_size", "seq_len", "token_mask", "layout_nnz", "order", "digest", "dense_offset")
 
 pytree.register_pytree_node(
     LayoutPlan,
@@ -310,6 +313,7 @@ def _build(
         layout_nnz=layout.nnz,
         order=name,
         digest=_digest(layout.digest, token_mask, name, visit, geometry),
+        dense_offset=geometry.dense_offset(token_mask.band, arrays.indices.size, layout.shape[0]),
     )
 
 
@@ -345,6 +349,7 @@ def _build_batched(
         block_size=layout.block_size,
         seq_len=layout.seq_len,
         token_mask=token_mask,
+        dense_offset=None,
         layout_nnz=layout.indices.numel(),
         order=order,
         digest=None,

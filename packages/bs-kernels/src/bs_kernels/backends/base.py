@@ -27,6 +27,7 @@ class Problem:
         seq_len: ``(Sq, Sk)`` of the layout.
         block_size: ``(query, key)`` tokens per block.
         layout_heads, layout_batch: H and L of the plan.
+        dense_offset: of the plan: None where it is not dense attention under its token mask.
         causal, window: whether the positional mask has these rules.
         key_padding, segments, attn_bias, block_bias, sinks, dropout, paged: which arguments were given. ``attn_bias``
             is None, "bool" or "float".
@@ -46,6 +47,7 @@ class Problem:
     block_size: tuple[int, int]
     layout_heads: int = 1
     layout_batch: int = 1
+    dense_offset: int | None = None
     causal: bool = False
     window: bool = False
     key_padding: bool = False
