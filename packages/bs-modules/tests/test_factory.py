@@ -10,7 +10,10 @@ from torch import distributed as dist
 
 from bs_modules import (
     BlockSparseAdaptive,
+    BlockSparseHierarchical,
     BlockSparseRingDilatedAttention,
+    BlockSparseRingDistributedDilatedAttention,
+    HierarchicalConfig,
     SparsePatternConfig,
     choose_block_sparse,
     create_block_sparse_attention,
@@ -37,12 +40,6 @@ def test_segments_and_constructor_arguments_pass_through():
     )
     assert (module.segment_lengths, module.dilation_rates) == ([2048], [1])
     assert (module.dropout, module.num_heads) == (0.1, 4)
-
-
-@pytest.mark.parametrize("variant", factory._NOT_YET)
-def test_planned_variants_are_named_and_not_faked(variant):
-    with pytest.raises(NotImplementedError, match=f"variant: '{variant}' .*available: auto, base"):
-        create_block_sparse_attention(variant)
 
 
 def test_unknown_variant_suggests_the_nearest():
@@ -163,6 +160,16 @@ def test_auto_looks_at_ranks_device_and_length(four_ranks, kwargs, is_ring, why)
     module = create_block_sparse_attention(**kwargs)
     assert isinstance(module, four_ranks) == is_ring
     assert why in module.chosen_because
+
+
+def test_a_world_size_is_never_ignored():
+    with pytest.raises(ValueError, match="world_size: has no effect beside embed_dim; give attention='distributed'"):
+        create_block_sparse_attention(world_size=2, embed_dim=32, num_heads=4)
+    with pytest.raises(ValueError, match="world_size: has no effect with arguments of 'adaptive'"):
+        create_block_sparse_attention(world_size=2, base_sparsity=0.9)
+    module = create_block_sparse_attention(world_size=2, sparse_config=HierarchicalConfig())
+    assert isinstance(module, BlockSparseRingDistributedDilatedAttention)
+    assert isinstance(module.attention, BlockSparseHierarchical)
 
 
 def test_ranks_are_for_auto_only():

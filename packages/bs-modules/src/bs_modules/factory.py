@@ -42,7 +42,6 @@ _VARIANTS: dict[str, _Variant] = {
     "dilated": _Variant(DilatedAttention),
     "distributed": _Variant(BlockSparseRingDistributedDilatedAttention),
 }
-_NOT_YET = tuple(name for name in ("adaptive", "distributed", "dilated") if name not in _VARIANTS)
 # The arguments that a config object may come under, and are excluded by its fields given directly.
 _CONFIGS = ("sparse_config", "hierarchical_config", "adaptive_config")
 _LONG = 50_000  # tokens above which the choice table prefers levels, or a ring
@@ -90,7 +89,6 @@ def create_block_sparse_attention(
         TypeError: An argument that the variant does not have; the valid ones are listed.
         ValueError: An unknown variant, a config field given both directly and inside a config, or `seq_len` or
             `world_size` with a named variant.
-        NotImplementedError: A variant that this version does not have yet.
     """
     check_flag("explain", explain)
     chosen, reason = _resolve(variant, seq_len, world_size, kwargs)
@@ -122,7 +120,6 @@ def create_multihead_block_sparse(
     Raises:
         TypeError: An argument that neither has.
         ValueError: An unknown variant, or values out of range.
-        NotImplementedError: A variant that this version does not have yet.
     """
     module = create_block_sparse_attention(
         "multihead", embed_dim=embed_dim, num_heads=num_heads, attention=attention, **kwargs
@@ -173,35 +170,45 @@ def _resolve(variant: str, seq_len: int | None, world_size: int | None, given: M
         return _choose(seq_len, world_size, given)
     if variant in _VARIANTS:
         return variant, "asked for by name"
-    if variant in _NOT_YET:
-        raise NotImplementedError(
-            f"variant: {variant!r} is part of the design and not of this version; available: {', '.join(available)}"
-        )
-    near = suggest(variant, [*available, *_NOT_YET])
+    near = suggest(variant, available)
     raise ValueError(f"variant: expected one of {', '.join(available)}, got {variant!r}{near}")
 
 
 def _choose(seq_len: int | None, world_size: int | None, given: Mapping[str, Any]) -> tuple[str, str]:
     """What `"auto"` stands for, and why."""
     if "embed_dim" in given:
+        if world_size is not None and world_size > 1:
+            raise ValueError("world_size: has no effect beside embed_dim; give attention='distributed' instead")
         return "multihead", "embed_dim is given, which only a module with projections has"
     for name in _VARIANTS:
         others = set().union(*(_arguments(other) for other in _VARIANTS if other != name))
         own = sorted(set(given) & set(_arguments(name)) - others)
         if own and name != "multihead":
+            _check_ranks(name, world_size)
             return name, f"{own[0]} is given, which only this variant has"
     config = given.get("sparse_config")
     for name, variant in _VARIANTS.items():
         if variant.config is not SparsePatternConfig and isinstance(config, variant.config):
+            if _takes("distributed", given) and world_size is not None and world_size > 1:
+                break
             return name, f"sparse_config is a {type(config).__name__}"
     ranks, why = _ranks(seq_len, world_size, given.get("device"))
     if ranks > 1 and _takes("distributed", given):
         return "distributed", why
+    if ranks > 1 and world_size is not None:
+        _check_known(given, _arguments("distributed"), "'distributed', which world_size asks for")
     if seq_len is not None and seq_len > _LONG:
         if _takes("hierarchical", given) and not isinstance(config, SparsePatternConfig | Mapping):
             return "hierarchical", f"{seq_len:,} tokens are more than {_LONG:,}, and nothing given asks for another"
         return "base", f"what is given describes one pattern, although {seq_len:,} tokens are more than {_LONG:,}"
     return "base", f"nothing given asks for another, and {why}"
+
+
+def _check_ranks(name: str, world_size: int | None) -> None:
+    if name != "distributed" and world_size is not None and world_size > 1:
+        raise ValueError(
+            f"world_size: has no effect with arguments of {name!r}; name 'distributed' and give attention={name!r}"
+        )
 
 
 def _ranks(seq_len: int | None, world_size: int | None, device: Any) -> tuple[int, str]:
@@ -267,8 +274,8 @@ def _with_inner(around: str, attention: str, **given: Any) -> dict[str, Any]:
     inner = {name: value for name, value in given.items() if name not in outer}
     try:
         chosen, _ = _resolve(attention, None, None, inner)
-    except (ValueError, NotImplementedError) as error:
-        raise type(error)(str(error).replace("variant", "attention", 1)) from None
+    except ValueError as error:
+        raise ValueError(str(error).replace("variant", "attention", 1)) from None
     own = [name for name in _arguments(chosen) if name not in outer]
     _check_known(inner, [*outer, *own], f"{around!r} around {chosen!r}")
     both = ("num_heads", "dropout", "device") if around == "multihead" else ()
