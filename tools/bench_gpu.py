@@ -238,7 +238,7 @@ def contestants_of(
     """Forward and backward of everything that is compared, and why something is missing."""
     q, k, v, dout = operands(setting)
     plan = LayoutPlan.build(layout, TokenMask(setting.causal), "cuda")
-    heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
+    qh, kh, vh = heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
     dout_first = dout.transpose(1, 2).contiguous()
     found: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
     notes: list[str] = []
@@ -265,7 +265,7 @@ def contestants_of(
 
         def dense(kernel: SDPBackend = kernel) -> torch.Tensor:
             with sdpa_kernel(kernel):
-                return scaled_dot_product_attention(*heads_first, is_causal=setting.causal, enable_gqa=grouped)
+                return scaled_dot_product_attention(qh, kh, vh, is_causal=setting.causal, enable_gqa=grouped)
 
         add(f"dense {name}", dense, heads_first, dout_first)
     if flex:

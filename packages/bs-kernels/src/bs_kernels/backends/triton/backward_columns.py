@@ -4,6 +4,10 @@ Shape legend as in `forward`; scores are transposed, [N, M]. The query heads tha
 by one program, so nothing is added atomically and the bits are the same every time.
 """
 
+# Triton compiles what follows; to a type checker of Python it makes no sense.
+# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -92,7 +96,7 @@ def _columns(
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale
         if MASKED or HAS_DROPOUT:
             q_position = tl.load(q_start + i)
-            # The distance of the blocks goes in first: what did not change from step to step would be kept in registers.
+            # The blocks' distance goes in first: a tile that never changed would be kept in registers.
             distance = (clamp_distance(k_first_position, q_position) + offs_n)[:, None] - offs_m[None, :]
         else:
             q_position = 0

@@ -3,6 +3,10 @@
 Shape legend as in `forward`. Probabilities are recomputed from the LSE.
 """
 
+# Triton compiles what follows; to a type checker of Python it makes no sense.
+# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -91,7 +95,7 @@ def _rows(
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         if MASKED or HAS_DROPOUT:
             k_position = tl.load(kv_start + block)
-            # The distance of the blocks goes in first: what did not change from step to step would be kept in registers.
+            # The blocks' distance goes in first: a tile that never changed would be kept in registers.
             distance = (clamp_distance(k_position, q_first_position) + offs_n)[None, :] - offs_m[:, None]
         else:
             k_position = 0

@@ -187,12 +187,19 @@ def tuned_path() -> Path | None:
 
 
 def read_tuned(path: Path, device: str) -> dict[str, Config]:
-    """The choices that a file has for a device, by `Shape.key`. What cannot be read counts as absent."""
+    """The choices that a file has for a device, by `Shape.key`. What makes no sense counts as absent."""
     try:
-        stored = json.loads(path.read_text())[device]
-        return {key: Config(*map(int, values)) for key, values in stored.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        stored = json.loads(path.read_text())[device].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return {}
+    return {key: Config(*values) for key, values in stored if _makes_sense(values)}
+
+
+def _makes_sense(values: object) -> bool:
+    if not isinstance(values, list) or len(values) != 4 or not all(type(x) is int for x in values):
+        return False
+    tile_m, tile_n, warps, stages = values
+    return {tile_m, tile_n} <= {16, 32, 64, 128, 256} and warps in (1, 2, 4, 8, 16) and 1 <= stages <= 8
 
 
 def write_tuned(path: Path, device: str, choices: dict[str, Config]) -> None:
@@ -207,8 +214,9 @@ def write_tuned(path: Path, device: str, choices: dict[str, Config]) -> None:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
         content = {}
-    values = {key: [c.tile_m, c.tile_n, c.warps, c.stages] for key, c in choices.items()}
-    content[device] = {**content.get(device, {}), **values}
+    content = content if isinstance(content, dict) else {}
+    kept = read_tuned(path, device) | choices
+    content[device] = {key: [c.tile_m, c.tile_n, c.warps, c.stages] for key, c in kept.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         json.dump(content, file, indent=1, sort_keys=True)

@@ -3,6 +3,10 @@
 Shape legend: M queries and N keys per tile, D, DV head dims padded to a power of two. Scores are in units of log₂.
 """
 
+# Triton compiles what follows; to a type checker of Python it makes no sense.
+# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
@@ -96,7 +100,7 @@ def _attend(
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         if MASKED or HAS_DROPOUT:
             k_position = tl.load(kv_start + block)
-            # The distance of the blocks goes in first: what did not change from step to step would be kept in registers.
+            # The blocks' distance goes in first: a tile that never changed would be kept in registers.
             distance = (clamp_distance(k_position, q_first_position) + offs_n)[None, :] - offs_m[:, None]
         else:
             k_position = 0

@@ -5,6 +5,10 @@ expanded to two dimensions ([M, 1] and [1, N], or the other way round), so that 
 transposes.
 """
 
+# Triton compiles what follows; to a type checker of Python it makes no sense.
+# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
+
 import triton
 import triton.language as tl
 
