@@ -17,7 +17,8 @@ from bs_kernels import LayoutPlan, block_sparse_attention, explain_backends
 from bs_memory import default_pool
 from bs_patterns import BlockLayout, LongNetSegments
 
-from ._checks import check_flag, check_int, check_int_list
+from ._checks import check_flag, check_int
+from ._layouts import check_pairs, check_segments, share_equal_heads
 from .config import CheckedConfig, SparsePatternConfig
 from .explain import Explanation, explain_call
 
@@ -75,7 +76,7 @@ class BlockSparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.sparse_config: Any = self._config_type.of("sparse_config", sparse_config)
-        self.segment_lengths, self.dilation_rates = _check_segments(segment_lengths, dilation_rates)
+        self.segment_lengths, self.dilation_rates = check_segments(segment_lengths, dilation_rates)
         self.num_heads = None if num_heads is None else check_int("num_heads", num_heads)
         if isinstance(dropout, bool) or not isinstance(dropout, int | float):
             raise TypeError(f"dropout: expected a number in [0, 1), got {dropout!r}")
@@ -121,7 +122,7 @@ class BlockSparseAttention(nn.Module):
         if is_causal and q_len < k_len:
             made = self.layout(k_len, True, heads).rows_at(k_len - q_len, k_len)
         else:
-            made = _share_equal_heads(self._make_layout((q_len, k_len), bool(is_causal), heads))
+            made = share_equal_heads(self._make_layout((q_len, k_len), bool(is_causal), heads))
         with self._lock:
             self._layouts[key] = made
             while len(self._layouts) > _LAYOUTS_KEPT:
@@ -408,7 +409,7 @@ class BlockSparseRingDilatedAttention(BlockSparseAttention):
             )
         blocks = -(-seq_len[0] // size)
         pairs = self._get_sparse_block_indices(blocks, num_heads, torch.device("cpu"))
-        rows, columns = _check_pairs(pairs, blocks)
+        rows, columns = check_pairs(pairs, blocks)
         return BlockLayout.from_coo(0, rows, columns, block_size=size, seq_len=seq_len, causal=is_causal)
 
     def _pattern_layout(self, seq_len: tuple[int, int], is_causal: bool, num_heads: int) -> BlockLayout:
@@ -431,63 +432,6 @@ def _plan_outside_graph(
     module: BlockSparseAttention, lengths: tuple[int, int], is_causal: bool, num_heads: int, device: torch.device
 ) -> LayoutPlan:
     return LayoutPlan.build(module.layout(lengths, is_causal, num_heads), None, device, order=module.order)
-
-
-def _check_segments(
-    lengths: Sequence[int] | None, rates: Sequence[int] | None
-) -> tuple[list[int] | None, list[int] | None]:
-    if lengths is None and rates is None:
-        return None, None
-    if lengths is None:
-        raise ValueError(
-            f"dilation_rates: expected segment_lengths with it, got {rates!r} alone; "
-            "the rates of the pattern itself go into sparse_config"
-        )
-    checked = check_int_list("segment_lengths", lengths)
-    if rates is None:
-        raise ValueError(f"segment_lengths: expected dilation_rates with it, got {lengths!r} alone")
-    checked_rates = check_int_list("dilation_rates", rates)
-    if len(checked) != len(checked_rates):
-        raise ValueError(
-            f"dilation_rates: expected one rate per segment length, got {len(checked_rates)} rates for "
-            f"{len(checked)} lengths"
-        )
-    return checked, checked_rates
-
-
-def _check_pairs(pairs: Any, blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Validates what an override of `_get_sparse_block_indices` returned."""
-    where = "_get_sparse_block_indices"
-    if not isinstance(pairs, tuple | list) or len(pairs) != 2:
-        raise TypeError(f"{where}: expected a pair (rows, columns), got {type(pairs).__name__}")
-    arrays = []
-    for name, value in zip(("rows", "columns"), pairs, strict=True):
-        array = np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise TypeError(f"{where}: expected {name} as int[n], got {array.dtype} of shape {list(array.shape)}")
-        array = array.astype(np.int64)
-        if array.size and not (array.min() >= 0 and array.max() < blocks):
-            worst = array.min() if array.min() < 0 else array.max()
-            raise ValueError(f"{where}: expected {name} in [0, {blocks}), got {worst}")
-        arrays.append(array)
-    if len(arrays[0]) != len(arrays[1]):
-        raise ValueError(f"{where}: expected equally many rows and columns, got {len(arrays[0])} and {len(arrays[1])}")
-    return arrays[0], arrays[1]
-
-
-def _share_equal_heads(layout: BlockLayout) -> BlockLayout:
-    """One shared head where all heads are equal: a smaller plan for the same function."""
-    heads = layout.heads
-    if heads == 1:
-        return layout
-    starts = layout.indptr - layout.indptr[:, :1]
-    per_head = layout.nnz // heads
-    if per_head * heads != layout.nnz or (starts != starts[0]).any():
-        return layout
-    indices = layout.indices.reshape(heads, per_head)
-    if (indices != indices[0]).any():
-        return layout
-    return BlockLayout(layout.block_size, layout.seq_len, starts[:1], indices[0], layout.causal)
 
 
 def _half_dtype(device: torch.device) -> torch.dtype:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ._checks import suggest
 from .attention import BlockSparseAttention
-from .config import suggest
 from .factory import create_block_sparse_attention
 from .multihead import BlockSparseRingMultiheadDilatedAttention
 

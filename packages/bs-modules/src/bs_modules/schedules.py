@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import check_int, suggest
+from ._checks import check_int, suggest
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t,

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import PATTERN_TYPES, SparsePatternConfig, check_density, suggest
+from .._checks import check_density, suggest
+from ..config import PATTERN_TYPES, SparsePatternConfig
 from .errors import InputError
 from .model import ModelConfig
 
