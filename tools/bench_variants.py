@@ -3,6 +3,7 @@
     python tools/bench_variants.py                       # everything: under eight minutes on two cores
     python tools/bench_variants.py --tokens 1024 --rounds 3 --out /tmp/variants.json
     python tools/bench_variants.py --only training hilbert
+    python tools/bench_variants.py --device cuda --out docs/benchmarks/variants_gpu.json
 
 Variants take turns in one process: a round runs each of them once, the base module among them. Reported are the median
 over the rounds with quartiles, and the median of the ratios to the base of the same round. Every backend that runs is
@@ -17,7 +18,6 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -34,7 +34,6 @@ from bench_cpu import machine
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from bs_kernels.dispatch import BACKENDS
 from bs_kernels.watch import BackendRun, watch
 from bs_modules import create_block_sparse_attention, get_block_sparse_preset
 
@@ -43,6 +42,8 @@ SECTIONS = ("variants", "memory", "training", "equal", "hilbert")
 VARIANTS = ("base", "hierarchical", "adaptive", "hilbert", "multihead", "distributed", "dilated")
 DENSITY, BLOCK, HEADS, DIM = 0.1, 64, 4, 64
 DTYPE = torch.bfloat16
+#: The backend that has to run on each kind of device.
+OPTIMISED = {"cpu": "native", "cuda": "triton"}
 DENSE_UP_TO = 8192  # tokens; a dense backward at 32,768 takes longer than all the rest together
 
 
@@ -68,19 +69,19 @@ def asked(variant: str) -> float | None:
     return None if variant == "dilated" else DENSITY
 
 
-def operands(variant: str, tokens: int) -> list[Tensor]:
+def operands(variant: str, tokens: int, device: str) -> list[Tensor]:
     """What the variant is called with: q, k, v, or three times the same x for the multihead module."""
     generator = torch.Generator().manual_seed(0)
     shape = (1, tokens, HEADS * DIM) if variant == "multihead" else (1, tokens, HEADS, DIM)
     count = 1 if variant == "multihead" else 3
-    made = [torch.randn(shape, generator=generator).to(DTYPE).requires_grad_() for _ in range(count)]
+    made = [torch.randn(shape, generator=generator).to(device, DTYPE).requires_grad_() for _ in range(count)]
     return made * (3 // count)
 
 
-def runners(variant: str, module: nn.Module, tokens: int) -> dict[str, Callable[[], Any]]:
+def runners(variant: str, module: nn.Module, tokens: int, device: str) -> dict[str, Callable[[], Any]]:
     """Forward without gradients, and forward with backward, both causal."""
-    tensors = operands(variant, tokens)
-    module.to(DTYPE)
+    tensors = operands(variant, tokens, device)
+    module.to(device, DTYPE)
     more = {"need_weights": False} if variant == "multihead" else {}
 
     def call() -> Tensor:
@@ -88,7 +89,7 @@ def runners(variant: str, module: nn.Module, tokens: int) -> dict[str, Callable[
         return out[0] if isinstance(out, tuple) else out
 
     with torch.no_grad():
-        cotangent = torch.randn(call().shape).to(DTYPE)
+        cotangent = torch.randn(call().shape).to(device, DTYPE)
     wanted = [*dict.fromkeys(tensors), *(p for p in module.parameters() if p.requires_grad)]
 
     def both() -> None:
@@ -97,10 +98,10 @@ def runners(variant: str, module: nn.Module, tokens: int) -> dict[str, Callable[
     return {"forward": torch.no_grad()(call), "both": both}
 
 
-def dense_runners(tokens: int) -> dict[str, Callable[[], Any]]:
+def dense_runners(tokens: int, device: str) -> dict[str, Callable[[], Any]]:
     """Dense attention of torch on tensors in the layout that is fastest for it."""
-    tensors = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in operands("base", tokens)]
-    cotangent = torch.randn(tensors[0].shape).to(DTYPE)
+    tensors = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in operands("base", tokens, device)]
+    cotangent = torch.randn(tensors[0].shape).to(device, DTYPE)
 
     def call() -> Tensor:
         return scaled_dot_product_attention(*tensors, is_causal=True)  # pyright: ignore[reportArgumentType]
@@ -111,14 +112,13 @@ def dense_runners(tokens: int) -> dict[str, Callable[[], Any]]:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def optimised() -> str:
-    """The backend that has to run on this machine's CPU."""
-    native = next(backend for backend in BACKENDS if backend.name == "native")
+def optimised(device: str) -> str:
+    """The backend that has to run on this device."""
     module: Any = create_block_sparse_attention("base")
-    probe = module.explain(*operands("base", 256), is_causal=True)
-    if probe.backend != native.name:
-        raise SystemExit(f"bench_variants: expected the native backend, but {probe.backend} would run:\n{probe}")
-    return native.name
+    probe = module.explain(*operands("base", 256, device), is_causal=True)
+    if probe.backend != OPTIMISED[device]:
+        raise SystemExit(f"bench_variants: expected {OPTIMISED[device]}, but {probe.backend} would run:\n{probe}")
+    return probe.backend
 
 
 @contextmanager
@@ -160,9 +160,16 @@ def take_turns(
 
 
 def _timed(run: Callable[[], Any]) -> float:
+    _wait()
     begin = time.perf_counter()
     run()
+    _wait()
     return time.perf_counter() - begin
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def section_variants(options: argparse.Namespace, backend: str) -> list[dict[str, Any]]:
@@ -171,9 +178,9 @@ def section_variants(options: argparse.Namespace, backend: str) -> list[dict[str
     for tokens in options.tokens:
         rounds = options.rounds or (15 if tokens <= 4096 else 9 if tokens <= 16_384 else 5)
         modules = {variant: make(variant) for variant in VARIANTS}
-        runs = {variant: runners(variant, module, tokens) for variant, module in modules.items()}
+        runs = {variant: runners(variant, module, tokens, options.device) for variant, module in modules.items()}
         if tokens <= DENSE_UP_TO:
-            runs["dense"] = dense_runners(tokens)
+            runs["dense"] = dense_runners(tokens, options.device)
         found: dict[str, dict[str, Any]] = {}
         for phase, training in (("forward", False), ("both", True)):
             for module in modules.values():
@@ -201,7 +208,7 @@ def section_memory(options: argparse.Namespace, backend: str) -> list[dict[str, 
     records = []
     for tokens in options.tokens:
         for variant in VARIANTS:
-            words = [sys.executable, __file__, "--child", variant, str(tokens), backend]
+            words = [sys.executable, __file__, "--device", options.device, "--child", variant, str(tokens), backend]
             done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
             if done.returncode:
                 raise SystemExit(f"bench_variants: the child for {variant} at {tokens} tokens failed:\n{done.stderr}")
@@ -210,15 +217,15 @@ def section_memory(options: argparse.Namespace, backend: str) -> list[dict[str, 
     return records
 
 
-def child(variant: str, tokens: int, backend: str) -> None:
-    """Peak resident memory over what is there before the call, printed as JSON."""
+def child(variant: str, tokens: int, backend: str, device: str) -> None:
+    """Peak memory over what is there before the call, resident or on the GPU, printed as JSON."""
     torch.manual_seed(0)
     module = make(variant)
-    small = runners(variant, module, 512)  # loads what a first call loads
+    small = runners(variant, module, 512, device)  # loads what a first call loads
     small["forward"]()
     small["both"]()
-    tensors = operands(variant, tokens)
-    run = runners(variant, module, tokens)  # its first call builds layout and plan
+    tensors = operands(variant, tokens, device)
+    run = runners(variant, module, tokens, device)  # its first call builds layout and plan
     found: dict[str, Any] = {"variant": variant, "tokens": tokens}
     held = sum(x.numel() * x.element_size() for x in dict.fromkeys(tensors))
     found["inputs_mib"] = round(held / 2**20, 2)
@@ -226,8 +233,16 @@ def child(variant: str, tokens: int, backend: str) -> None:
         module.train(phase == "both")
         gc.collect()
         with only(backend, variant):
-            found[f"{phase}_mib"] = _peak(run[phase])
+            found[f"{phase}_mib"] = (_peak if device == "cpu" else _peak_on_gpu)(run[phase])
     print(json.dumps(found))
+
+
+def _peak_on_gpu(run: Callable[[], Any]) -> float:
+    """MiB above the start, of torch's allocator."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
 
 
 def _peak(run: Callable[[], Any]) -> float | None:
@@ -280,14 +295,14 @@ def section_training(options: argparse.Namespace, backend: str) -> list[dict[str
     records = []
     for variant in VARIANTS:
         torch.manual_seed(0)
-        model = Copier(variant, tokens)
-        ids = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(1))
+        model = Copier(variant, tokens).to(options.device)
+        ids = torch.randint(64, (1, tokens), generator=torch.Generator().manual_seed(1)).to(options.device)
         losses, times, missing = [], [], []
         optimizer = None
         for step in range(options.steps):
             begin = time.perf_counter()
             with only(backend, f"training {variant}"):
-                with torch.autocast("cpu", DTYPE):
+                with torch.autocast(options.device, DTYPE):
                     scores = model(ids)
                     loss = cross_entropy(scores[0, 4:].float(), ids[0, :-4])
                 # The first call makes the parameters that are lazy.
@@ -297,6 +312,7 @@ def section_training(options: argparse.Namespace, backend: str) -> list[dict[str
             if step == 0:
                 missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
             optimizer.step()
+            _wait()
             losses.append(round(float(loss.detach()), 4))
             times.append((time.perf_counter() - begin) * 1e3)
         if missing:
@@ -332,7 +348,10 @@ def section_equal(options: argparse.Namespace, backend: str) -> list[dict[str, A
             density = preset.layout(tokens, True).density
             size = preset.sparse_config.block_size
             base: Any = create_block_sparse_attention("base", sparsity_ratio=density, block_size=size)
-            runs = {"base": runners("base", base, tokens), name: runners("base", preset, tokens)}
+            runs = {
+                "base": runners("base", base, tokens, options.device),
+                name: runners("base", preset, tokens, options.device),
+            }
             rounds = options.rounds or 7
             found = {
                 phase: take_turns({who: run[phase] for who, run in runs.items()}, rounds, backend, "base")
@@ -358,7 +377,7 @@ def section_hilbert(options: argparse.Namespace, backend: str) -> dict[str, Any]
     def turns(contestants: dict[str, Callable[[], Any]], against: str) -> dict[str, dict[str, float]]:
         return take_turns(contestants, options.rounds or 9, backend, against)
 
-    return variants_orders.measure(min(8192, max(options.tokens)), turns, HEADS, DIM, DTYPE)
+    return variants_orders.measure(min(8192, max(options.tokens)), turns, HEADS, DIM, DTYPE, options.device)
 
 
 # -- command -----------------------------------------------------------------------------------------------------------
@@ -367,6 +386,7 @@ def section_hilbert(options: argparse.Namespace, backend: str) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32_768], metavar="N")
+    parser.add_argument("--device", choices=tuple(OPTIMISED), default="cpu", help="[cpu]")
     parser.add_argument("--rounds", type=int, default=None, metavar="N", help="[5 to 15, by length]")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps of each variant [8]")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
@@ -374,15 +394,15 @@ def main() -> None:
     parser.add_argument("--child", nargs=3, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        child(options.child[0], int(options.child[1]), options.child[2])
+        child(options.child[0], int(options.child[1]), options.child[2], options.device)
         return
     torch.manual_seed(0)
-    backend = optimised()
+    backend = optimised(options.device)
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in options.only:
         print(f"{name}:", flush=True)
         begin = time.perf_counter()
-        where = machine() | {"load": round(os.getloadavg()[0], 2)}
+        where = machine() | {"device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu"}
         records = globals()[f"section_{name}"](options, backend)
         found[name] = {
             "machine": where,

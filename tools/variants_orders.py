@@ -34,26 +34,26 @@ PATTERNS = {
 }
 
 
-def measure(tokens: int, turns: Turns, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def measure(tokens: int, turns: Turns, heads: int, dim: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Both kinds of order.
 
     Args:
         tokens: Length for the 1-D patterns; grids have about as many tokens.
         turns: Times contestants against one of them.
-        heads, dim, dtype: Of the tensors.
+        heads, dim, dtype, device: Of the tensors.
     """
     return {
-        "tiles": [_tiles(name, tokens, turns, heads, dim, dtype) for name in PATTERNS],
-        "tokens": [_tokens(grid, radius, turns, heads, dim, dtype) for grid, radius in _grids(tokens)],
+        "tiles": [_tiles(name, tokens, turns, heads, dim, dtype, device) for name in PATTERNS],
+        "tokens": [_tokens(grid, radius, turns, heads, dim, dtype, device) for grid, radius in _grids(tokens)],
     }
 
 
-def _runners(layout: BlockLayout, order: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def _runners(layout: BlockLayout, order: str, heads: int, dim: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     shape = (1, layout.seq_len[0], heads, dim)
-    q, k, v = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3))
-    cotangent = torch.randn(shape, generator=generator).to(dtype)
-    plan = LayoutPlan.build(layout, order=order)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
+    cotangent = torch.randn(shape, generator=generator).to(device, dtype)
+    plan = LayoutPlan.build(layout, None, device, order=order)
 
     def call() -> torch.Tensor:
         return block_sparse_attention(q, k, v, plan)
@@ -61,7 +61,9 @@ def _runners(layout: BlockLayout, order: str, heads: int, dim: int, dtype: torch
     return {"forward": torch.no_grad()(call), "both": lambda: torch.autograd.grad(call(), (q, k, v), cotangent)}
 
 
-def _tiles(name: str, tokens: int, turns: Turns, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
+def _tiles(
+    name: str, tokens: int, turns: Turns, heads: int, dim: int, dtype: torch.dtype, device: str
+) -> dict[str, Any]:
     """One pattern on a line of tokens, its tiles visited in several orders."""
     layout = PATTERNS[name].layout(tokens, block_size=BLOCK, density=0.1)
     visits = {
@@ -70,7 +72,7 @@ def _tiles(name: str, tokens: int, turns: Turns, heads: int, dim: int, dtype: to
         "morton": group_rows(layout, morton_order(layout)),
         "hilbert": group_rows(layout, hilbert_order(layout)),
     }
-    runs = {order: _runners(layout, order, heads, dim, dtype) for order in ORDERS}
+    runs = {order: _runners(layout, order, heads, dim, dtype, device) for order in ORDERS}
     times = {p: turns({order: run[p] for order, run in runs.items()}, "row") for p in ("forward", "both")}
     print(f"  {name:16} hilbert × {times['both']['hilbert']['ratio']} of row")
     return {
@@ -90,7 +92,7 @@ def _grids(tokens: int) -> list[tuple[tuple[int, ...], int]]:
 
 
 def _tokens(
-    grid: tuple[int, ...], radius: int, turns: Turns, heads: int, dim: int, dtype: torch.dtype
+    grid: tuple[int, ...], radius: int, turns: Turns, heads: int, dim: int, dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
     """Attention to the neighbours on a grid, its tokens stored in several orders: the blocks that hold a pair."""
     permutations = {
@@ -99,7 +101,7 @@ def _tokens(
         "hilbert": hilbert_tokens(grid)[0],
     }
     layouts = {order: neighbours(grid, radius, permutation) for order, permutation in permutations.items()}
-    runs = {order: _runners(layout, "auto", heads, dim, dtype) for order, layout in layouts.items()}
+    runs = {order: _runners(layout, "auto", heads, dim, dtype, device) for order, layout in layouts.items()}
     times = {p: turns({order: run[p] for order, run in runs.items()}, "row") for p in ("forward", "both")}
     print(f"  {grid} hilbert × {times['both']['hilbert']['ratio']} of row")
     return {

@@ -28,7 +28,8 @@ def page(found: dict[str, Any]) -> str:
             machine = section["machine"]
             where = (
                 f"{machine['cpu']} ({' '.join(machine['instructions'])}), {machine['cpus']} CPUs, {machine['threads']} "
-                f"torch threads, torch {machine['torch']}, load {machine['load']}."
+                f"torch threads, torch {machine['torch']}, load {machine['load']}"
+                + ("." if machine.get("device", "cpu") == "cpu" else f"; on {machine['device']}.")
             )
             lines += [*write(section, where, found), ""]
     if not found:
