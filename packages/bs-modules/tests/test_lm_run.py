@@ -366,12 +366,15 @@ def test_signals_at_random_moments_cost_nothing_but_time(text, tmp_path, uninter
 
 
 def test_the_first_signal_is_a_question_and_the_second_acts():
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignals() as stop:
-        assert not stop()
-        signal.raise_signal(signal.SIGINT)
-        assert stop()
-        assert stop.received == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    given = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with none
+    try:
+        with StopSignals() as stop:
+            assert not stop()
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            assert stop()
+            assert stop.received == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, given)
