@@ -19,10 +19,12 @@ from bs_kernels import (
     partial_forward,
     sinks_gradient,
 )
+from bs_kernels.backends._native_lib import missing_reason
 from bs_kernels.testing import assert_close_to_oracle, evaluate, make_case, make_layout
 from bs_patterns import BlockLayout
 
 BLOCK = 8
+needs_native = pytest.mark.skipif(missing_reason() is not None, reason="the native core is not built")
 
 
 def split_columns(layout, cuts):
@@ -37,15 +39,48 @@ def split_columns(layout, cuts):
         yield slice(begin, stop), part, begin
 
 
-def in_parts(case, cuts, backend, mask=TokenMask()):  # noqa: B008 - a frozen value
+class Pages:
+    """The keys and values of a part, each block in a page of its own, last block first."""
+
+    def __init__(self, k, v):
+        batch, length = k.shape[:2]
+        self.blocks, self.length = -(-length // BLOCK), length
+        self.k, self.v = (self.packed(x) for x in (k, v))
+        self.table = torch.arange(batch * self.blocks, dtype=torch.int32).flip(0).view(batch, self.blocks)
+
+    def packed(self, x):
+        full = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.blocks * BLOCK - self.length))
+        return full.reshape(-1, BLOCK, *x.shape[2:]).flip(0)
+
+    def unpacked(self, x):
+        return x.flip(0).reshape(-1, self.blocks * BLOCK, *x.shape[2:])[:, : self.length]
+
+
+def in_parts(case, cuts, backend, mask=TokenMask(), paged=False):  # noqa: B008 - a frozen value
     """The results of `evaluate`, computed part by part the way a ring does."""
+    arguments = {name: case.arguments[name] for name in ("dropout_p", "dropout_seed") if name in case.arguments}
+    bias = case.arguments.get("attn_bias")
+    per_key = bias is not None and bias.shape[-1] > 1
     shift = case.layout.seq_len[1] - case.layout.seq_len[0]
     plans = [
         (keys, LayoutPlan.build(part, mask, q_start=shift, kv_start=start))
         for keys, part, start in split_columns(case.layout, cuts)
     ]
-    extra = {"backend": backend}
-    parts = [partial_forward(case.q, case.k[:, keys], case.v[:, keys], plan, **extra) for keys, plan in plans]
+
+    def operands(keys):
+        """k, v and the other arguments of a part."""
+        more = {**arguments, "backend": backend}
+        if bias is not None:
+            more["attn_bias"] = bias[..., keys] if per_key else bias
+        if not paged:
+            return case.k[:, keys], case.v[:, keys], more
+        pages = Pages(case.k[:, keys], case.v[:, keys])
+        return pages.k, pages.v, more | {"page_table": pages.table}
+
+    parts = []
+    for keys, plan in plans:
+        k, v, more = operands(keys)
+        parts.append(partial_forward(case.q, k, v, plan, **more))
     out, lse = merge_attention(parts)
     sinks = case.arguments.get("sinks")
     if sinks is not None:
@@ -54,17 +89,21 @@ def in_parts(case, cuts, backend, mask=TokenMask()):  # noqa: B008 - a frozen va
         lse = total
     dlse = torch.where(lse == -torch.inf, 0, case.dlse)
     delta = attention_delta(case.dout, out, lse, dlse)
-    dq, dk, dv = torch.zeros_like(out[..., :1].expand_as(case.q)), [], []
-    dq = dq.to(lse.dtype).clone()
+    dq, dk, dv, dbias = torch.zeros(case.q.shape, dtype=lse.dtype), [], [], []
     for keys, plan in plans:
-        got = partial_backward(case.dout, delta, lse, case.q, case.k[:, keys], case.v[:, keys], plan, **extra)
+        k, v, more = operands(keys)
+        got = partial_backward(case.dout, delta, lse, case.q, k, v, plan, **more)
         assert got.q.dtype == got.k.dtype == lse.dtype
         dq += got.q
-        dk.append(got.k)
-        dv.append(got.v)
+        pages = Pages(case.k[:, keys], case.v[:, keys])
+        dk.append(pages.unpacked(got.k) if paged else got.k)
+        dv.append(pages.unpacked(got.v) if paged else got.v)
+        dbias.append(got.attn_bias)
     found = {"out": out.to(case.q.dtype), "lse": lse, "q": dq, "k": torch.cat(dk, 1), "v": torch.cat(dv, 1)}
     if sinks is not None:
         found["sinks"] = sinks_gradient(sinks, lse, delta)
+    if bias is not None:
+        found["attn_bias"] = torch.cat(dbias, -1) if per_key else torch.stack(dbias).sum(0)
     return found
 
 
@@ -75,6 +114,36 @@ def test_parts_merge_into_the_whole(backend, seed, causal, with_sinks, cuts):
     arguments = {"causal": True} if causal else {}
     case = make_case(layout, seed=seed, batch=2, q_heads=4, kv_heads=2, sinks=with_sinks or None, **arguments)
     got = in_parts(case, sorted(cuts), backend, TokenMask(causal=causal))
+    assert_close_to_oracle(case, got)
+
+
+@needs_native
+@given(st.data())
+def test_native_parts_with_dropout_bias_and_pages(data):
+    seed, causal = data.draw(st.integers(0, 2**31)), data.draw(st.booleans())
+    layout = make_layout(np.random.default_rng(seed), seq_len=(40, 45), block_size=(BLOCK, BLOCK), density=0.4)
+    arguments = {"causal": True} if causal else {}
+    if data.draw(st.booleans()):
+        arguments |= {"dropout_p": 0.3, "dropout_seed": seed}
+    dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    with_sinks, with_bias = data.draw(st.booleans()) or None, data.draw(st.booleans()) or None
+    case = make_case(
+        layout,
+        seed=seed,
+        batch=2,
+        q_heads=4,
+        kv_heads=2,
+        sinks=with_sinks,
+        attn_bias=with_bias,
+        dtype=dtype,
+        **arguments,
+    )
+    if with_bias:
+        whole = data.draw(st.tuples(*[st.booleans()] * 4))
+        bias = case.arguments["attn_bias"]
+        case.arguments["attn_bias"] = bias[tuple(slice(None) if keep else slice(1) for keep in whole)].clone()
+    cuts = data.draw(st.sets(st.integers(1, 5), max_size=3))
+    got = in_parts(case, sorted(cuts), "native", TokenMask(causal=causal), paged=data.draw(st.booleans()))
     assert_close_to_oracle(case, got)
 
 
