@@ -51,16 +51,34 @@ struct TileMask {
   bool any() const { return band || padding || key_segment || bias; }
 };
 
-// One vector of scores of key n with attn_bias applied.
-template <class V>
-BSA_INLINE typename V::f biased(typename V::f x, const TileMask& t, long n, long lane) {
-  float values[V::W];
-  for (long l = 0; l < V::W; ++l) {
-    const long q = lane + l < t.queries ? lane + l : t.queries - 1, at = q * t.bias_query + n * t.bias_key;
-    values[l] = !t.bias_is_bool ? reinterpret_cast<const float*>(t.bias)[at] : t.bias[at] ? 0.f : -kInf;
+// attn_bias of `count` <= W keys from key n, as pairs[key][lane]; where it is a mask, 0 or -inf.
+template <class V, int MV>
+__attribute__((noinline)) void load_bias(const TileMask& t, long n, long count, float* pairs) {
+  constexpr int L = MV * V::W;
+  auto value = [&t](long at) {
+    return !t.bias_is_bool ? reinterpret_cast<const float*>(t.bias)[at] : t.bias[at] ? 0.f : -kInf;
+  };
+  if (t.bias_query == 0) {
+    for (long i = 0; i < count; ++i)
+      for (int j = 0; j < MV; ++j) V::store(pairs + i * L + j * V::W, V::all(value((n + i) * t.bias_key)));
+    return;
   }
-  const typename V::f b = V::load(values);
-  return t.bias_is_bool ? V::if_equal(b, -kInf, b, x) : V::add(x, b);
+  for (int j = 0; j < MV; ++j) {
+    float square[V::W * V::W];  // [lane][key]
+    for (long l = 0; l < V::W; ++l) {
+      const long q = j * V::W + l < t.queries ? j * V::W + l : t.queries - 1, from = q * t.bias_query + n * t.bias_key;
+      float* row = square + l * V::W;
+      if (t.bias_key == 0)
+        V::store(row, V::all(value(from)));
+      else if (t.bias_key == 1 && count == V::W && !t.bias_is_bool)
+        V::store(row, V::load(reinterpret_cast<const float*>(t.bias) + from));
+      else if (t.bias_key == 1 && count == V::W)
+        for (long i = 0; i < V::W; ++i) row[i] = t.bias[from + i] ? 0.f : -kInf;
+      else
+        for (long i = 0; i < V::W; ++i) row[i] = i < count ? value(from + i * t.bias_key) : 0.f;
+    }
+    V::transpose(square, V::W, pairs + j * V::W, L);
+  }
 }
 
 BSA_INLINE int clamp_lane(long x, int lanes) { return x < -1 ? -1 : x > lanes ? lanes : int(x); }
@@ -71,8 +89,10 @@ __attribute__((noinline)) void mask_scores(float* s, long rows, const TileMask& 
   constexpr int L = MV * V::W;
   const typename V::f never = V::all(-kInf);
   typename V::f top[MV];
+  float bias[V::W * L];
   for (int j = 0; j < MV; ++j) top[j] = never;
   for (long n = 0; n < rows; ++n) {
+    if (t.bias && n % V::W == 0) load_bias<V, MV>(t, n, rows - n < V::W ? rows - n : V::W, bias);
     const long key = t.key0 + n;
     const bool real = !t.padding || t.padding[n];
     const int lo = real ? clamp_lane(key - t.band_hi - t.query0, L) : L;
@@ -80,7 +100,10 @@ __attribute__((noinline)) void mask_scores(float* s, long rows, const TileMask& 
     for (int j = 0; j < MV; ++j) {
       float* p = s + n * L + j * V::W;
       typename V::f x = V::load(p);
-      if (t.bias) x = biased<V>(x, t, n, j * V::W);
+      if (t.bias) {
+        const typename V::f b = V::load(bias + n % V::W * L + j * V::W);
+        x = t.bias_is_bool ? V::if_equal(b, -kInf, b, x) : V::add(x, b);
+      }
       x = V::keep_range(x, lo, hi, j * V::W, never);
       if (t.key_segment) x = V::keep_equal(x, t.query_segment + j * V::W, t.key_segment[n], never);
       V::store(p, x);
