@@ -76,10 +76,11 @@ def _columns(
     """Add what the transposed slots ``begin … end − 1`` give to the gradients of a tile of keys."""
     offs_d = tl.arange(0, D_PAD)
     offs_v = tl.arange(0, DV_PAD)
-    for step in range(begin * TILES_M, end * TILES_M):
+    q_local = tl.load(starts + begin)  # loaded a step ahead, so that no address waits for it
+    # The loop with masks is short where it matters, and not overlapping it with loads leaves registers to the other.
+    for step in tl.range(begin * TILES_M, end * TILES_M, num_stages=1 if MASKED else None):
         slot = step // TILES_M
         offs_m = (step % TILES_M) * TILE_M + tl.arange(0, TILE_M)
-        q_local = tl.load(starts + slot)
         if MASKED or HAS_DROPOUT:
             i = tl.load(rows + slot)
         if MASKED:
@@ -146,6 +147,7 @@ def _columns(
         dv = tl.dot(as_operand(dropped, dtype, INTERPRET), dout_tile, dv, input_precision=PRECISION)
         dscores = weights * (dweights - rows_delta[None, :])
         dk = tl.dot(as_operand(dscores, dtype, INTERPRET), q_tile, dk, input_precision=PRECISION)
+        q_local = tl.load(starts + (step + 1) // TILES_M)
     return dk, dv
 
 

@@ -77,10 +77,10 @@ def _rows(
     """Add what the slots ``begin … end − 1`` give to the gradient of a tile of queries."""
     offs_d = tl.arange(0, D_PAD)
     offs_v = tl.arange(0, DV_PAD)
+    k_local = tl.load(starts + begin)  # loaded a step ahead, so that no address waits for it
     for step in range(begin * TILES_N, end * TILES_N):
         slot = step // TILES_N
         offs_n = (step % TILES_N) * TILE_N + tl.arange(0, TILE_N)
-        k_local = tl.load(starts + slot)
         if MASKED or HAS_DROPOUT:
             block = tl.load(blocks + slot)
         if MASKED:
@@ -144,6 +144,7 @@ def _rows(
         if BIAS_GRADIENT:
             tl.store(d_block_bias + (step % TILES_N) * bias_columns + entry, tl.sum(tl.sum(dscores, 1), 0))
         dq = tl.dot(as_operand(dscores, dtype, INTERPRET), k_tile, dq, input_precision=PRECISION)
+        k_local = tl.load(starts + (step + 1) // TILES_N)
     return dq
 
 

@@ -77,10 +77,10 @@ def _attend(
     """Take the slots ``begin … end − 1`` into the running sums of a tile. MASKED slots may need the positional mask."""
     offs_d = tl.arange(0, D_PAD)
     offs_v = tl.arange(0, DV_PAD)
+    k_local = tl.load(starts + begin)  # loaded a step ahead, so that no address waits for it
     for step in range(begin * TILES_N, end * TILES_N):
         slot = step // TILES_N
         offs_n = (step % TILES_N) * TILE_N + tl.arange(0, TILE_N)
-        k_local = tl.load(starts + slot)
         if MASKED or HAS_DROPOUT or PAGED:
             block = tl.load(blocks + slot)
         if MASKED:
@@ -160,6 +160,7 @@ def _attend(
         v_pointers = v_base + offs_n[:, None] * v_token_stride + offs_v[None, :]
         v_tile = as_operand(load_tile(v_pointers, k_in, offs_v < DV, MASKED, DV != DV_PAD), dtype, INTERPRET)
         acc = tl.dot(as_operand(weights, dtype, INTERPRET), v_tile, acc, input_precision=PRECISION)
+        k_local = tl.load(starts + (step + 1) // TILES_N)
     return acc, total, top
 
 

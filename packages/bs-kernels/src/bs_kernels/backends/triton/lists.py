@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..._derived import derived
 from ...plan import LayoutPlan
@@ -24,7 +25,7 @@ class RowLists:
     Attributes:
         middle: int32[L, H, QB].
         blocks: int32[N]; key block of each slot.
-        starts: int32[N]; first local token of that block.
+        starts: int32[N + 1]; first local token of that block, and one element that kernels load and do not use.
         entries: int32[N]; as in the plan.
     """
 
@@ -41,7 +42,7 @@ class ColumnLists:
     Attributes:
         middle: int32[L, H, KB].
         rows: int32[N]; query block of each transposed slot.
-        starts: int32[N]; first local token of that block.
+        starts: int32[N + 1]; first local token of that block, and an element more.
         entries: int32[N]; as in the plan, of each transposed slot.
         col_order: int32; columns in the order to schedule them: those of the plan, or, where every query head has its
             own, of key heads: ``(l · Hkv + h) · KB + j``, ranked by the earliest of the group's columns.
@@ -69,7 +70,7 @@ def row_lists(plan: LayoutPlan, *, masked_ends: bool) -> RowLists:
         masked = plan.partial.to(torch.bool) | _take(short, blocks)
         order, middle = _whole_first(plan.row_begin, plan.row_end, masked)
         blocks = blocks[order]
-        starts = _take(plan.kv_bounds, blocks)
+        starts = pad(_take(plan.kv_bounds, blocks), (0, 1))
         return RowLists(middle, blocks.to(torch.int32), starts, plan.entries[order])
 
     return _kept(plan, ("triton rows", masked_ends), build)
@@ -90,7 +91,7 @@ def column_lists(plan: LayoutPlan, group: int, *, masked_ends: bool) -> ColumnLi
         masked = plan.partial.to(torch.bool)[slots] | _take(short, rows)
         order, middle = _whole_first(plan.col_begin, plan.col_end, masked)
         rows = rows[order]
-        starts, entries = _take(plan.q_bounds, rows), plan.entries[slots[order]]
+        starts, entries = pad(_take(plan.q_bounds, rows), (0, 1)), plan.entries[slots[order]]
         return ColumnLists(middle, rows.to(torch.int32), starts, entries, _column_order(plan, group))
 
     return _kept(plan, ("triton columns", group, masked_ends), build)
@@ -129,7 +130,7 @@ def _whole_first(begin: Tensor, end: Tensor, masked: Tensor) -> tuple[Tensor, Te
     if count == 0 or first.numel() == 0:
         return torch.zeros(count, dtype=torch.int64, device=device), begin
     slot = torch.arange(count, device=device)
-    before = torch.nn.functional.pad((~masked).to(torch.int64).cumsum(0), (1, 0))  # whole slots before each slot
+    before = pad((~masked).to(torch.int64).cumsum(0), (1, 0))  # whole slots before each slot
     middle = first + before[last] - before[first]
     owner = (torch.searchsorted(first, slot, right=True) - 1).clamp(min=0)
     inside = (slot >= first[owner]) & (slot < last[owner])
