@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
 
 from bs_comm import ExchangePlan, Placement, RingMismatchError, RingPeerError
 from bs_comm.testing import RankError, RankPool, owners
@@ -29,6 +31,7 @@ from bs_modules import (
     SparsePatternConfig,
 )
 from bs_modules import BlockSparseRingDistributedDilatedAttention as Distributed
+from bs_patterns import BlockLayout
 
 WORLDS = [1, 2, 3, 4]
 ARGUMENTS = ("causal", "key_padding_mask", "segment_ids", "attn_bias", "bool_bias", "dropout", "scale", "order")
@@ -57,31 +60,36 @@ def seed_of(number):
     return int(torch.randint(2**63 - 1, (), dtype=torch.int64))
 
 
-def run_case(rank, world, case, place, kv_place, number, config):
-    """This rank's share of a case's results."""
+def run_case(rank, world, case, place, kv_place, number, config, mesh=None):
+    """This rank's share of a case's results; with a mesh, ranks of a row share heads."""
     a = case.arguments
     native = case.q.dtype != torch.float64
     inside = Given(
         case.layout, dropout=a.get("dropout_p", 0.0), scale=a.get("scale"), order=a.get("order", "auto"),
         backend="native" if native else "auto",
     )  # fmt: skip
-    module = Distributed(attention=inside, distributed_config=config)
-    leaves = [
-        p.shard(x, rank).clone().requires_grad_() for p, x in ((place, case.q), (kv_place, case.k), (kv_place, case.v))
-    ]
+    group = None if mesh is None else init_device_mesh("cpu", mesh)
+    module = Distributed(attention=inside, distributed_config=config, group=group)
+    rank, column, columns = (rank, 0, 1) if mesh is None else (rank // mesh[1], rank % mesh[1], mesh[1])
+
+    def cut(place, x, dim=1):
+        return place.shard(x, rank, dim=dim).tensor_split(columns, dim)[column]
+
+    operands = ((place, case.q), (kv_place, case.k), (kv_place, case.v))
+    leaves = [cut(p, x).clone().requires_grad_() for p, x in operands]
     masks = {}
     if "key_padding_mask" in a:
-        masks["key_padding_mask"] = kv_place.shard(a["key_padding_mask"], rank)
+        masks["key_padding_mask"] = cut(kv_place, a["key_padding_mask"])
     if "segment_ids" in a:
-        masks["segment_ids"] = tuple(p.shard(x, rank) for p, x in zip((place, kv_place), a["segment_ids"], strict=True))
+        masks["segment_ids"] = tuple(cut(p, x) for p, x in zip((place, kv_place), a["segment_ids"], strict=True))
     if "attn_bias" in a:
         bias = a["attn_bias"]
-        bias = place.shard(bias, rank, dim=2).clone() if bias.shape[2] > 1 else bias.clone()
+        bias = cut(place, bias, 2).clone() if bias.shape[2] > 1 else bias.clone()
         masks["attn_bias"] = bias.requires_grad_(bias.is_floating_point())
         leaves += [bias] if bias.is_floating_point() else []
     torch.manual_seed(number + rank)  # the first rank's counts
     out, lse = module(*leaves[:3], bool(a.get("causal") or case.layout.causal), **masks, return_lse=True)
-    dout, dlse = place.shard(case.dout, rank), place.shard(case.dlse, rank, dim=2)
+    dout, dlse = cut(place, case.dout), cut(place, case.dlse, 2)
     loss = (out * dout.to(out.dtype)).sum() + (torch.where(lse.detach() == -math.inf, 0, lse) * dlse).sum()
     return out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)
 
@@ -119,6 +127,63 @@ def test_any_call_over_any_ring_is_the_whole_call(ranks, data, case, world, numb
         )
     results = ranks.run(run_case, case, place, kv_place, number, config, world_size=world)
     assert_close_to_oracle(case, gathered(case, place, kv_place, results))
+
+
+@settings(deadline=None)
+@given(
+    st.data(), cases(arguments=("causal", "key_padding_mask", "segment_ids", "scale", "order")),
+    st.sampled_from([(2, 2), (1, 2), (1, 4), (2, 1), (4, 1)]),
+)  # fmt: skip
+def test_any_call_over_any_mesh_is_the_whole_call(ranks, data, case, mesh):
+    """Tokens along one dimension, heads along the other."""
+    columns = mesh[1]
+    if case.k.shape[2] % columns:  # heads that the columns can share
+        case = replace(
+            case, q=case.q.repeat(1, 1, columns, 1), k=case.k.repeat(1, 1, columns, 1),
+            v=case.v.repeat(1, 1, columns, 1), dout=case.dout.repeat(1, 1, columns, 1),
+            dlse=case.dlse.repeat(1, columns, 1),
+        )  # fmt: skip
+        if case.layout.heads > 1:
+            case = replace(case, layout=BlockLayout.stack_heads([case.layout] * columns))
+    layout = case.layout
+    places = [
+        Placement.contiguous(tokens, mesh[0], block_size=block)
+        for tokens, block in zip(layout.seq_len, layout.block_size, strict=True)
+    ]
+    config = {}
+    if layout.seq_len[0] == layout.seq_len[1]:
+        places = [data.draw(owners(layout.seq_len[0], math.lcm(*layout.block_size), mesh[0]))] * 2
+        config["placement"] = places[0]
+    results = ranks.run(run_case, case, *places, 0, config, mesh, world_size=math.prod(mesh))
+    dims = (1, 2, 1, 1, 1)
+    rows = [
+        [torch.cat(pieces, dim) for dim, pieces in zip(dims, zip(*results[r : r + columns], strict=True), strict=True)]
+        for r in range(0, len(results), columns)
+    ]
+    assert_close_to_oracle(case, gathered(case, *places, rows))
+
+
+def on_a_mesh(rank, world):
+    module = Distributed(sparse_config=CONFIG, group=init_device_mesh("cpu", (2, 2)))
+    assert (module.world_size, module.rank) == (4, rank)
+    result = step(module, [module.shard(x, True) for x in full_tensors()], is_causal=True)
+    x = torch.zeros(1, 51, 3, 8)
+    with pytest.raises(ValueError, match="q: expected a multiple of 2 heads, shared by 2 ranks, got 3"):
+        module(x, x, x)
+    module.dropout = 0.1
+    with pytest.raises(ValueError, match="dropout: not supported over a two-dimensional mesh"):
+        module(*[torch.zeros(1, 51, 2, 8)] * 3)
+    with pytest.raises(ValueError, match="group: a two-dimensional mesh cannot be regrouped"):
+        module.regroup(RingPeerError(0, 0, 0, "forward", ""))
+    assert torch.equal(module.positions(203), module.shard(torch.arange(203), dim=0))
+    return result
+
+
+def test_tokens_and_heads_on_a_mesh_of_two_by_two(ranks):
+    results = ranks.run(on_a_mesh)
+    whole = step(BlockSparseRingDilatedAttention(sparse_config=CONFIG), full_tensors(), is_causal=True)
+    for i, want in enumerate(whole):
+        torch.testing.assert_close(torch.cat([r[i] for r in results], 1), want)
 
 
 # ---------------------------------------------------------------------- the module as it is used
@@ -173,7 +238,7 @@ def test_shards_are_those_of_the_single_process_and_bytes_those_of_the_plan(rank
     q, k, v, dout = full_tensors(dtype=dtype)
     case = type(case)(q, k, v, layout, dout, torch.zeros_like(case.dlse))
     module = Distributed(attention=attention, distributed_config={"placement": placement})
-    place = module._placements(layout, world, 2)[0]
+    place = module._placements.of(placement, layout, world)[0]
     parts = zip(*(result for result, *_ in results), strict=True)
     assert_close_to_oracle(
         case, dict(zip(("out", "q", "k", "v"), (place.unshard(list(x)) for x in parts), strict=True))
@@ -298,6 +363,36 @@ def test_a_narrow_wire_halves_the_bytes_and_rounds_what_travels(ranks):
     torch.testing.assert_close(got[:, :first], whole[:, :first])  # reads nothing from afar
     error = (got[:, first:] - whole[:, first:]).abs().max()
     assert 0 < error <= 2 * (rounded - whole).abs().max()
+
+
+def rebalanced(rank, world):
+    """A layout that changes under a placement: held until it is time, then cut anew."""
+    config = {"pattern_type": "global_local", "window_size": 32, "global_tokens": 16, "block_size": 16}
+    module = Distributed(
+        sparse_config=config, distributed_config={"placement": "cost_balanced", "load_balance_interval": 10}
+    )
+    first = module.positions(203, True)
+    assert not module.rebalance(10, 203, True), "the layout is the one that the placement was made for"
+    module.sparse_config.window_size = 200
+    module.sparse_config.global_tokens = 100
+    assert torch.equal(module.positions(203, True), first)
+    held = module.exchange_plan(203, True)
+    assert not module.rebalance(15, 203, True)
+    changed = module.rebalance(20, 203, True)
+    plan = module.exchange_plan(203, True)
+    out = step(module, [module.shard(x, True) for x in full_tensors()], is_causal=True)[0]
+    return changed, held.work_imbalance, plan.work_imbalance, out, module.positions(203, True)
+
+
+def test_a_placement_is_held_while_the_layout_changes(ranks):
+    results = ranks.run(rebalanced, world_size=3)
+    assert all(changed and after < before for changed, before, after, *_ in results)
+    config = {"pattern_type": "global_local", "window_size": 200, "global_tokens": 100, "block_size": 16}
+    whole = BlockSparseRingDilatedAttention(sparse_config=config)(*full_tensors()[:3], is_causal=True)
+    for *_, out, positions in results:
+        torch.testing.assert_close(out, whole[:, positions])
+    with pytest.raises(ValueError, match="placement: expected 'cost_balanced' to rebalance, got 'contiguous'"):
+        Distributed().rebalance(0, 64)
 
 
 # ---------------------------------------------------------------------- precision, checkpoints, multihead

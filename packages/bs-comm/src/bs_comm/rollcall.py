@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ._check import positive
 from ._membership import membership
 from .health import PATIENCE, Health, Report, RingPeerError
-from .transport import CHANNELS, HopFailed, Transport
+from .transport import CHANNELS, KV, HopFailed, Transport
 
 Int64 = NDArray[np.int64]
 
@@ -95,6 +96,39 @@ class RollCall:
             for r, length in enumerate(lengths)
         ]
 
+    def swap(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Send every rank a tensor of its own, and get one from each (an all-to-all).
+
+        Args:
+            parts: What goes to each rank; all of one dtype. The one for this rank comes back as it is.
+            shapes: Of what comes from each rank; every rank must know what the others send it.
+
+        Returns:
+            One tensor per rank.
+
+        Raises:
+            RingPeerError: As in `words`.
+        """
+        if self._failure is not None:
+            raise self._failure
+        got = [parts[self.rank]] * self.world_size
+        with self._watched():
+            for step in range(1, self.world_size):
+                to, source = (self.rank + step) % self.world_size, (self.rank - step) % self.world_size
+                outgoing = parts[to].contiguous()
+                got[source] = outgoing.new_empty(shapes[source])
+                receive = (source, got[source].view(-1).view(torch.uint8)) if got[source].numel() else None
+                send = (to, outgoing.view(-1).view(torch.uint8)) if outgoing.numel() else None
+                hops = self._transport.post(KV, step, receive, send, "swap")
+                for hop in hops:
+                    self._transport.wait(hop, "swap")
+        return got
+
+    @property
+    def sent_bytes(self) -> Int64:
+        """``int64[world]``: bytes that `swap` has sent, by receiver."""
+        return self._transport.sent_bytes[KV].copy()
+
     def report(self, error: RingPeerError) -> None:
         """Tell the others of a failure met elsewhere, in a ring of the same group; this roll call fails with it."""
         if self._failure is None:
@@ -111,8 +145,13 @@ class RollCall:
             raise self._failure
         if self.world_size == 1:
             return words[None]
-        try:
+        with self._watched():
             return self._transport.gather(words.to(self._device), "header")
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
         except HopFailed as failed:
             patience = 0.0 if failed.is_broken else self._patience
             self._failure = self._health.conclude(failed.report, patience).error()

@@ -5,9 +5,7 @@ Shape legend: B batch, S own query tokens, T own key tokens, N key tokens of the
 
 from __future__ import annotations
 
-import math
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,19 +19,19 @@ from bs_comm import ExchangePlan, Placement, RingPeerError, Survivors, compress_
 from bs_comm import regroup as _regroup
 from bs_patterns import BlockLayout
 
-from ._checks import check_flag
+from ._checks import check_flag, check_int
+from ._head_exchange import ToHeads, ToTokens
 from ._ring_attention import RingAttention, RingCall
 from ._ring_checks import check_attention, check_shards, check_tokens, four_dims, nothing
-from ._ring_session import RingSession, open_sessions, session_of
+from ._ring_operands import Operands, share_of_heads
+from ._ring_placement import Placements
+from ._ring_session import open_sessions, session_of
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention, _half_dtype
 from .config import SparsePatternConfig
 from .distributed_config import DistributedSparseConfig
 from .explain import Explanation
 from .hierarchical import BlockSparseHierarchical, HierarchicalConfig
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-#: What every rank tells the others before a call; all but the lengths and the seed must be alike.
-_DIFFERENT = ("query tokens", "key tokens", "dropout seed")
 _INNER_DEFAULTS: dict[str, Any] = {
     "segment_lengths": None,
     "dilation_rates": None,
@@ -82,8 +80,10 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             sequence.
         distributed_config: Placement, wire and upkeep, or a mapping of its fields. The module keeps this very object.
         attention: The attention to spread, instead of the one that the arguments around this one describe.
-        group: A process group or a one-dimensional `DeviceMesh`; `None`: the default group. Assign to `group` to move
-            to another.
+        group: A process group or a one-dimensional `DeviceMesh`; `None`: the default group. A two-dimensional
+            `DeviceMesh` shares tokens by ring along its first dimension and heads along its second: ranks of one row
+            hold consecutive pieces of that ring rank's shard, and exchange tokens for heads around the ring
+            (DeepSpeed-Ulysses). Assign to `group` to move to another.
         use_memory_pool: As for `BlockSparseRingDilatedAttention`; and the ring leases its buffers from that pool, and
             not from one that goes with the ring.
         enable_deepspeed_integration: Mark this module as a leaf for ZeRO-3, so that parameters inside it are gathered
@@ -171,7 +171,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         self.group = group
         self._last_call: tuple[int, bool] | None = None
         self._last_plan: ExchangePlan | None = None
-        self._balanced_kept: dict[tuple[Any, ...], Placement] = {}
+        self._placements = Placements()
 
     # -- ranks -------------------------------------------------------------------------------------------------------
 
@@ -185,28 +185,35 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         if group is not None and not isinstance(group, dist.ProcessGroup):
             if not hasattr(group, "get_group"):
                 raise TypeError(f"group: expected a process group or a DeviceMesh, got {type(group).__name__}")
-            if group.ndim != 1:
-                raise ValueError(
-                    f"group: expected a one-dimensional DeviceMesh (index a larger one by name), got {group}"
-                )
+            if group.ndim > 2:
+                raise ValueError(f"group: expected a DeviceMesh of one or two dimensions, got {group}")
+            if group.ndim == 2:
+                self._group, self._head_group = group.get_group(0), group.get_group(1)
+                return
             group = group.get_group()
-        self._group = group
+        self._group, self._head_group = group, None
 
     @property
     def world_size(self) -> int:
-        """Ranks that a sequence is spread over: 1 without a process group.
+        """Ranks that a sequence is spread over, by tokens and by heads: 1 without a process group.
 
         Raises:
             RuntimeError: `WORLD_SIZE` in the environment is more than 1 and there is no process group.
         """
-        return self._rank_of_world()[1]
+        return self._ring()[1] * self._heads()[1]
 
     @property
     def rank(self) -> int:
-        """This rank in the group."""
-        return self._rank_of_world()[0]
+        """Which of them this is; ranks that share heads follow one another."""
+        return self._ring()[0] * self._heads()[1] + self._heads()[0]
 
-    def _rank_of_world(self) -> tuple[int, int]:
+    def _heads(self) -> tuple[int, int]:
+        """(rank, ranks) in the group that shares heads."""
+        if self._head_group is None:
+            return 0, 1
+        return dist.get_rank(self._head_group), dist.get_world_size(self._head_group)
+
+    def _ring(self) -> tuple[int, int]:
         if self._group is None and not (dist.is_available() and dist.is_initialized()):
             expected = os.environ.get("WORLD_SIZE", "1")
             if expected.isdecimal() and int(expected) > 1:
@@ -233,88 +240,76 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         Returns:
             The survivors; see `bs_comm.regroup`.
         """
+        if self._head_group is not None:
+            raise ValueError("group: a two-dimensional mesh cannot be regrouped; make a new one of the ranks left")
         left = _regroup(error, self._group, patience=patience)
         self.group = left.group
         return left
 
     # -- where tokens live -------------------------------------------------------------------------------------------
 
-    def placement(
-        self, seq_len: int, is_causal: bool = False, *, num_heads: int | None = None, kv_heads: int | None = None
-    ) -> Placement:
-        """Which rank holds which tokens of a sequence, by the placement of the config.
+    def placement(self, seq_len: int, is_causal: bool = False, *, num_heads: int | None = None) -> Placement:
+        """Which rank of the ring holds which tokens of a sequence, by the placement of the config.
 
         Args:
             seq_len: Tokens of the whole sequence.
-            is_causal: As in `forward`; matters for `"cost_balanced"`, like the arguments below.
-            num_heads: Query heads; `None` takes the module's, or 1.
-            kv_heads: Key/value heads; `None`: the layout's heads.
+            is_causal: As in `forward`; matters for `"cost_balanced"`, like `num_heads`.
+            num_heads: Query heads; `None` takes the module's.
         """
-        layout = self.layout(seq_len, is_causal, num_heads)
-        return self._placements(layout, self.world_size, kv_heads)[0]
+        layout = self._known_layout(seq_len, is_causal, num_heads)
+        return self._placements.of(self.distributed_config.placement, layout, self._ring()[1])[0]
 
     def positions(self, seq_len: int, is_causal: bool = False) -> Tensor:
         """`int64[S]`: positions in the sequence of this rank's tokens, for rotary embeddings."""
-        return torch.from_numpy(self.placement(seq_len, is_causal).positions(self.rank))
+        rank, heads_rank = self._ring()[0], self._heads()
+        return _cut(torch.from_numpy(self.placement(seq_len, is_causal).positions(rank)), *heads_rank, dim=0)
 
     def shard(self, x: Tensor, is_causal: bool = False, *, dim: int = 1) -> Tensor:
         """Cuts this rank's tokens out of a tensor of the whole sequence."""
-        return self.placement(x.shape[dim], is_causal).shard(x, self.rank, dim=dim)
+        mine = self.placement(x.shape[dim], is_causal).shard(x, self._ring()[0], dim=dim)
+        return _cut(mine, *self._heads(), dim=dim)
 
     def exchange_plan(
         self, seq_len: int, is_causal: bool = False, *, num_heads: int | None = None, kv_heads: int | None = None
     ) -> ExchangePlan:
         """What travels between ranks for one length; see `bs_comm.ExchangePlan`."""
-        layout = self.layout(seq_len, is_causal, num_heads)
-        world = self.world_size
-        return ExchangePlan.build(layout, world, self._placements(layout, world, kv_heads), kv_heads)
+        layout, world = self._known_layout(seq_len, is_causal, num_heads), self._ring()[1]
+        places = self._placements.of(self.distributed_config.placement, layout, world)
+        return ExchangePlan.build(layout, world, places, kv_heads)
 
-    def _placements(
-        self, layout: BlockLayout, world: int, kv_heads: int | None, lengths: np.ndarray | None = None
-    ) -> tuple[Placement, Placement]:
-        """(query, key) placements by the config; with `lengths` `[2, world]`, those of the shards that came.
+    def rebalance(self, step: int, seq_len: int, is_causal: bool = False, *, num_heads: int | None = None) -> bool:
+        """Every `load_balance_interval` steps, looks for a better `"cost_balanced"` placement of the present layout.
+
+        A placement is held while the layout changes (a density schedule, an edited config), because the caller cuts its
+        data by it. Call this on every rank between two steps, and cut the data of the next one anew when it says so.
+
+        Args:
+            step: Training steps taken.
+            seq_len: Tokens of the whole sequence.
+            is_causal: As in `forward`.
+            num_heads: Query heads; `None` takes the module's.
+
+        Returns:
+            Whether `shard` and `positions` are others from now on.
 
         Raises:
-            ValueError: The shards are not those of the placement.
+            ValueError: Another placement than `"cost_balanced"`, which never changes.
         """
-        made = []
-        for i, (name, block) in enumerate((("q", layout.block_size[0]), ("k", layout.block_size[1]))):
-            if layout.seq_len[0] == layout.seq_len[1]:
-                block = math.lcm(*layout.block_size)
-            tokens, rule = layout.seq_len[i], self.distributed_config.placement
-            if isinstance(rule, Placement):
-                place = rule
-                if place.world_size != world or place.seq_len != tokens:
-                    raise ValueError(
-                        f"placement: expected one of {tokens} {name} tokens over {world} ranks, got {place!r}"
-                    )
-            elif rule == "cost_balanced":
-                place = self._balanced(layout, world, kv_heads)
-            else:
-                place = getattr(Placement, rule)(tokens, world, block_size=block)
-            if lengths is not None and (place.lengths != lengths[i]).any():
-                if rule != "contiguous":
-                    raise ValueError(
-                        f"{name}: expected shards of {place.lengths.tolist()} tokens ({place.name} placement of "
-                        f"{tokens} tokens), got {lengths[i].tolist()}"
-                    )
-                try:
-                    place = Placement.from_lengths(lengths[i].tolist(), block_size=block)
-                except ValueError as error:
-                    raise ValueError(
-                        f"{name}: expected shards cut at multiples of {block} tokens, for instance "
-                        f"{place.lengths.tolist()} (see shard()), got {lengths[i].tolist()}"
-                    ) from error
-            made.append(place)
-        return (made[0], made[0]) if made[0] == made[1] else (made[0], made[1])
+        config = self.distributed_config
+        if config.placement != "cost_balanced":
+            raise ValueError(f"placement: expected 'cost_balanced' to rebalance, got {config.placement!r}")
+        if check_int("step", step, least=0) % config.load_balance_interval:
+            return False
+        return self._placements.rebalance(self._known_layout(seq_len, is_causal, num_heads), self._ring()[1])
 
-    def _balanced(self, layout: BlockLayout, world: int, kv_heads: int | None) -> Placement:
-        key = (layout.digest, world, kv_heads)
-        if key not in self._balanced_kept:
-            if len(self._balanced_kept) >= 8:
-                self._balanced_kept.clear()
-            self._balanced_kept[key] = Placement.cost_balanced(layout, world, kv_heads=kv_heads)
-        return self._balanced_kept[key]
+    def _known_layout(self, seq_len: int, is_causal: bool, num_heads: int | None) -> BlockLayout:
+        """The layout that a placement is made for; the same as in `forward`, or an error."""
+        layout = self.layout(seq_len, is_causal, num_heads)
+        if self.distributed_config.placement == "cost_balanced" and layout.heads == 1:
+            known = num_heads or self.num_heads
+            if known is None and self.layout(seq_len, is_causal, 2).heads != 1:
+                raise ValueError("num_heads: expected the number of query heads, whose layouts differ, got None")
+        return layout
 
     # -- the call ----------------------------------------------------------------------------------------------------
 
@@ -355,7 +350,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             TypeError: As `BlockSparseAttention.forward`.
             ValueError: As `BlockSparseAttention.forward`, or shards that are not those of the placement.
         """
-        if self._rank_of_world()[1] == 1:
+        if self.world_size == 1:
             self._last_call = (q.shape[1], bool(is_causal)) if isinstance(q, Tensor) and q.ndim == 4 else None
             return self.attention(
                 q, k, v, is_causal,
@@ -364,33 +359,45 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         self.attention._check_inputs(q, k, v)
         given_dtype = q.dtype
         q, k, v = self._as_computed(q, k, v)
-        result_dtype = given_dtype if self.mixed_precision else q.dtype  # autocast returns what it computes in
         check_shards(q, k, v)
         segments = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
         check_tokens("key_padding_mask", key_padding_mask, k, (torch.bool,))
         for side, ids, x in zip(("query", "key"), segments, (q, k), strict=True):
             check_tokens(f"segment_ids ({side})", ids, x, (torch.int32, torch.int64))
+        call = {"is_causal": bool(is_causal), "dropout": self.dropout if self.training else 0.0}
+        operands = Operands(q, k, v, key_padding_mask, segments[0], segments[1], attn_bias)
+        if self._heads()[1] == 1:
+            out, lse = self._over_ring(operands, **call)
+        else:
+            out, lse = self._over_heads(operands, **call)
+        # Autocast returns what it computes in; mixed precision what it was given.
+        out = out.to(given_dtype) if self.mixed_precision else out
+        return (out, lse) if return_lse else out
+
+    def _over_ring(
+        self, x: Operands, is_causal: bool, dropout: float, heads: tuple[int, int] = (0, 1)
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of this ring rank's tokens; the heads are the first of the pair among as many equal shares."""
         config = self.distributed_config
-        session = session_of(self._own_group(), config.hop_timeout, q.device)
-        dropout = self.dropout if self.training else 0.0
-        found = session.agree(*self._words(q, k, v, bool(is_causal), key_padding_mask, segments, attn_bias, dropout))
+        session = session_of(dist.group.WORLD if self._group is None else self._group, config.hop_timeout, x.q.device)
+        found = session.agree(*x.words(is_causal, dropout))
         lengths = np.stack((found["query tokens"], found["key tokens"]))
-        if q.shape[0] == 0 or lengths.sum(1).min() == 0:
-            out, lse = nothing(q, k, v)
-            return (out.to(result_dtype), lse) if return_lse else out.to(result_dtype)
+        if x.q.shape[0] == 0 or lengths.sum(1).min() == 0:
+            return nothing(x.q, x.k, x.v)
         totals = int(lengths[0].sum()), int(lengths[1].sum())
-        self._last_call = (totals[0], bool(is_causal))
-        layout = self._layout_of_call(session, q, k, totals, bool(is_causal))
-        places = self._placements(layout, session.world_size, k.shape[2], lengths)
-        plan = self._last_plan = session.plan(layout, places, k.shape[2])
+        self._last_call = (totals[0], is_causal)
+        layout = share_of_heads(self.layout(totals, is_causal, x.q.shape[2] * heads[1]), *heads)
+        places = self._placements.of(config.placement, layout, session.world_size, lengths)
+        plan = self._last_plan = session.plan(layout, places, x.k.shape[2])
         call = RingCall(
             session=session,
             open_ring=session.ring(
-                plan, q.shape[0], (k.shape[3], v.shape[3]), k.dtype, k.device, config.wire_dtype, self.use_memory_pool
+                plan, x.q.shape[0], (x.k.shape[3], x.v.shape[3]), x.k.dtype, x.k.device, config.wire_dtype,
+                self.use_memory_pool,
             ),
-            key_padding=None if key_padding_mask is None else session.whole(key_padding_mask, places[1]),
-            q_segments=segments[0],
-            kv_segments=None if segments[1] is None else session.whole(segments[1], places[1]),
+            key_padding=None if x.key_padding is None else session.whole(x.key_padding, places[1]),
+            q_segments=x.q_segments,
+            kv_segments=None if x.kv_segments is None else session.whole(x.kv_segments, places[1]),
             scale=self.scale,
             dropout_p=dropout,
             dropout_seed=int(found["dropout seed"][0]) if dropout else None,
@@ -398,9 +405,39 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             deterministic=self.deterministic,
             backend=self.backend,
             keep_kv=config.keep_kv,
-        )
-        out, lse = RingAttention.apply(q, k, v, four_dims(attn_bias, q, totals[1]), call)  # pyright: ignore[reportGeneralTypeIssues]
-        return (out.to(result_dtype), lse) if return_lse else out.to(result_dtype)
+        )  # fmt: skip
+        return RingAttention.apply(x.q, x.k, x.v, four_dims(x.bias, x.q, totals[1]), call)  # pyright: ignore[reportReturnType]
+
+    def _over_heads(self, x: Operands, is_causal: bool, dropout: float) -> tuple[Tensor, Tensor]:
+        """The same where ranks share heads: tokens for heads, the ring, and back."""
+        rank, ranks = self._heads()
+        for name, given in (("attn_bias", x.bias is not None), ("dropout", dropout > 0)):
+            if given:
+                raise ValueError(f"{name}: not supported over a two-dimensional mesh, whose ranks see some heads only")
+        for name, heads in (("q", x.q.shape[2]), ("k", x.k.shape[2])):
+            if heads % ranks:
+                raise ValueError(f"{name}: expected a multiple of {ranks} heads, shared by {ranks} ranks, got {heads}")
+        session = session_of(self._head_group, self.distributed_config.hop_timeout, x.q.device)
+        found = session.agree(*x.words(is_causal, dropout))
+        queries, keys = found["query tokens"].tolist(), found["key tokens"].tolist()
+        if x.q.shape[0] == 0:
+            return nothing(x.q, x.k, x.v)
+        roll_call = session.roll_call
+
+        def together(tokens: Tensor | None, lengths: list[int]) -> Tensor | None:
+            if tokens is None:
+                return None
+            return torch.cat(roll_call.tensors(tokens.transpose(0, 1), lengths)).transpose(0, 1)
+
+        gathered = Operands(
+            ToHeads.apply(x.q, roll_call, queries), ToHeads.apply(x.k, roll_call, keys),
+            ToHeads.apply(x.v, roll_call, keys), together(x.key_padding, keys), together(x.q_segments, queries),
+            together(x.kv_segments, keys), None,
+        )  # fmt: skip
+        out, lse = self._over_ring(gathered, is_causal, dropout, heads=(rank, ranks))
+        out = ToTokens.apply(out, roll_call, queries)
+        lse = ToTokens.apply(lse.transpose(1, 2)[..., None], roll_call, queries)
+        return out, lse[..., 0].transpose(1, 2)  # pyright: ignore[reportReturnType, reportIndexIssue, reportOptionalSubscript]
 
     def explain(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **masks: Any) -> Explanation:
         """What the attention inside would do with whole sequences; see `BlockSparseAttention.explain`.
@@ -416,15 +453,6 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         """
         return self.attention.explain(q, k, v, is_causal, **masks)
 
-    def _layout_of_call(
-        self, session: RingSession, q: Tensor, k: Tensor, seq_len: tuple[int, int], is_causal: bool
-    ) -> BlockLayout:
-        """The layout of one call, the same on every rank: where an attention that looks at its input chooses."""
-        return self.layout(seq_len, is_causal, q.shape[2])
-
-    def _own_group(self) -> Any:
-        return dist.group.WORLD if self._group is None else self._group
-
     def _as_computed(self, *tensors: Tensor) -> list[Tensor]:
         """In the dtype of the arithmetic: autocast's, or half under `mixed_precision`."""
         kind = tensors[0].device.type
@@ -436,36 +464,6 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         if dtype is None or tensors[0].dtype == torch.float64:
             return list(tensors)
         return [x.to(dtype) for x in tensors]
-
-    def _words(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        is_causal: bool,
-        padding: Tensor | None,
-        segments: Sequence[Tensor | None],
-        bias: Tensor | None,
-        dropout: float,
-    ) -> tuple[dict[str, int], list[str]]:
-        """What this rank tells the others of its call, and which of it must be alike."""
-        words = {
-            "query tokens": q.shape[1],
-            "key tokens": k.shape[1],
-            "batch": q.shape[0],
-            "heads": q.shape[2],
-            "kv_heads": k.shape[2],
-            "head_dim": k.shape[3],
-            "value_dim": v.shape[3],
-            "dtype": _DTYPES.index(q.dtype),
-            "is_causal": int(is_causal),
-            "key_padding_mask": int(padding is not None),
-            "segment_ids": 0 if segments[1] is None else segments[1].element_size(),
-            "gradients": int(torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))),
-            "dropout": struct.unpack("<q", struct.pack("<d", dropout))[0],
-            "dropout seed": int(torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)) if dropout else 0,
-        }
-        return words, [name for name in words if name not in _DIFFERENT]
 
     # -- what the attention inside tells -----------------------------------------------------------------------------
 
@@ -507,14 +505,14 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
     def clear_caches(self) -> None:
         """Forgets cached layouts, plans and placements; rings stay open, because closing them is for all ranks."""
         self.attention.clear_caches()
-        self._balanced_kept.clear()
+        self._placements.forget()
 
     def sent_bytes(self) -> dict[str, np.ndarray]:
         """Payload bytes this rank has sent in rings of the last call's plan, by receiver: `"kv"` and `"grad"`."""
         world = self.world_size
         totals = {name: np.zeros(world, np.int64) for name in ("kv", "grad")}
         if world > 1 and self._last_plan is not None:
-            for session in open_sessions(self._own_group()):
+            for session in open_sessions(dist.group.WORLD if self._group is None else self._group):
                 for name, sent in session.sent_bytes(self._last_plan).items():
                     totals[name] += sent
         return totals
@@ -547,8 +545,9 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         from copy import deepcopy
 
-        if self._group is not None:
-            memo[id(self._group)] = self._group  # a group is a connection, which the copy shares
+        for group in (self._group, self._head_group):
+            if group is not None:
+                memo[id(group)] = group  # a group is a connection, which the copy shares
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__setstate__({name: deepcopy(value, memo) for name, value in self.__dict__.items()})
@@ -570,3 +569,8 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
 
     def _fingerprint(self) -> tuple[Any, ...]:
         return self.attention._fingerprint()
+
+
+def _cut(x: Tensor, rank: int, ranks: int, *, dim: int) -> Tensor:
+    """One of as many consecutive pieces of equal length, within one."""
+    return x.tensor_split(ranks, dim)[rank]
