@@ -5,8 +5,9 @@ and a page of tables beside it.
     python tools/bench_longnet.py --tokens 4096 8192     # some of it
     python tools/bench_longnet.py --dense-tokens 16384   # how far to follow dense attention
 
-Results are first checked against dense masks built from the definition. Every figure is the best of the rounds, of the
-native backend: a run fails if that cannot compute the call. Dense attention is torch's, on the same tensors.
+Results are first checked against dense masks built from the definition. Every figure is the best of the rounds, in
+processor time (of all threads), which neighbours on a busy machine change less than the clock. It is that of the native
+backend: a run fails if that cannot compute the call. Dense attention is torch's, on the same tensors.
 """
 
 import argparse
@@ -45,12 +46,12 @@ def check() -> None:
 
 
 def best(rounds: int, run: Callable[[], Any]) -> float:
-    """Seconds of the fastest round."""
+    """Processor seconds of the fastest round."""
     found = []
     for _ in range(rounds):
-        begin = time.perf_counter()
+        begin = time.process_time()
         run()
-        found.append(time.perf_counter() - begin)
+        found.append(time.process_time() - begin)
     return min(found)
 
 
@@ -76,8 +77,8 @@ def page(record: dict[str, Any]) -> str:
         "# LongNet, measured\n",
         "Made by `python tools/bench_longnet.py`; the raw figures are in `longnet.json`. "
         f"{record['machine']}. {HEADS} heads of {HEAD_DIM}, float32, not causal, segments of 2,048 to 32,768 tokens, "
-        "`native` backend; dense attention is torch's `scaled_dot_product_attention`. Seconds; µs per token in "
-        "brackets, which stay level where time is linear in tokens.\n",
+        "`native` backend; dense attention is torch's `scaled_dot_product_attention`. Processor seconds, best of "
+        f"{record['rounds']}; µs per token in brackets, which stay level where time is linear in tokens.\n",
     ]
     names = [*CONTESTANTS, "dense"]
     for what, title in (("forward", "Forward"), ("both", "Forward and backward")):

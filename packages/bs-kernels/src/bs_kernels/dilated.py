@@ -149,8 +149,8 @@ def dilated_attention(
         segment_lengths: w of every branch, in tokens, ≥ 1.
         dilation_rates: r of every branch, ≥ 1; as many.
         causal: mask keys after the query.
-        combine: "softmax", "longnet" or "union". Where branches do not nest (each length a multiple of the shorter ones
-            and of the rates, each rate of the smaller ones), "union" needs a mask of one byte per pair.
+        combine: "softmax", "longnet" or "union". "union" makes a mask of one byte per pair unless branches nest: sorted
+            by rate, each length and rate is a multiple of those before it, and each length of the rates after it.
         key_padding_mask: bool[B, Sk], True = a real token.
         segment_ids: int[B, S], or a (query, key) pair: a query attends only to keys of its own id (packed documents;
             LongNet's segments are not moved by them).
