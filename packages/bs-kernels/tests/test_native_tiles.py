@@ -14,8 +14,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from bs_kernels import explain_backends
 from bs_kernels.backends import _native_lib
+from bs_patterns import BlockLayout
 
 ROOT = Path(__file__).resolve().parent.parent
 TILE_INSTRUCTIONS = {"ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored", "tdpbf16ps"}
@@ -111,3 +114,18 @@ def test_it_is_never_emulated_unless_asked_for(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("BS_KERNELS_ISA", raising=False)
     assert CORE.isa != _native_lib.EMULATED
     assert _native_lib.EMULATED in CORE.supported
+
+
+@needs_core
+def test_explain_names_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = BlockLayout.from_dense(torch.ones(2, 2, dtype=torch.bool).numpy(), block_size=64, seq_len=128)
+    q, k, v = torch.randn(3, 1, 128, 2, 32, dtype=torch.bfloat16).unbind(0)
+    monkeypatch.setenv("BS_KERNELS_ISA", "amx_bf16_emulated")
+    report = next(r for r in explain_backends(q, k, v, layout) if r.name == "native")
+    assert report.detail == "amx_bf16_emulated"
+    line = next(line for line in str(explain_backends(q, k, v, layout)).splitlines() if line.startswith("native "))
+    assert "selected" in line
+    assert "amx_bf16_emulated" in line
+    wide = next(r for r in explain_backends(q.float(), k.float(), v.float(), layout) if r.name == "native")
+    assert wide.detail == "portable"
+    assert all(not r.detail for r in explain_backends(q, k, v, layout) if r.name != "native")

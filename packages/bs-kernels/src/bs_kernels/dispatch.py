@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from .backends.base import Backend, Problem
+from .backends.base import Backend, Detailed, Problem
 from .backends.flash import FlashBackend
 from .backends.flex import FlexBackend
 from .backends.native import NativeBackend
@@ -41,12 +41,14 @@ class BackendReport:
         reasons: why it cannot compute the problem; empty if it can.
         selected: whether ``backend="auto"`` takes it.
         why: why the backend has this place in the order on this device.
+        detail: how it would run, where it has variants: the native core names its instruction set.
     """
 
     name: str
     reasons: tuple[str, ...]
     selected: bool
     why: str = ""
+    detail: str = ""
 
     @property
     def supported(self) -> bool:
@@ -68,8 +70,9 @@ class BackendTable(tuple[BackendReport, ...]):
         lines = [] if self.facts is None else [f"on {self.facts}"]
         for report in self:
             verdict = "selected" if report.selected else "can run" if report.supported else "cannot: "
-            why = f"  ({report.why})" if report.why and report.supported else ""
-            lines.append(f"{report.name:<{width}}  {verdict}{'; '.join(report.reasons)}{why}")
+            remarks = "; ".join(text for text in (report.why, report.detail) if text) if report.supported else ""
+            remarks = f"  ({remarks})" if remarks else ""
+            lines.append(f"{report.name:<{width}}  {verdict}{'; '.join(report.reasons)}{remarks}")
         return "\n".join(lines)
 
     @property
@@ -124,9 +127,11 @@ def explain(problem: Problem, device: torch.device) -> BackendTable:
         device: where.
     """
     chosen, facts = select("auto", problem).name, find_facts(device)
-    table = BackendTable(
-        BackendReport(backend.name, tuple(backend.not_supported_reasons(problem)), backend.name == chosen, place.why)
-        for backend, place in _ordered(facts)
-    )
+    reports: list[BackendReport] = []
+    for backend, place in _ordered(facts):
+        reasons = tuple(backend.not_supported_reasons(problem))
+        detail = backend.detail(problem) if isinstance(backend, Detailed) and not reasons else ""
+        reports.append(BackendReport(backend.name, reasons, backend.name == chosen, place.why, detail))
+    table = BackendTable(reports)
     table.facts = facts
     return table

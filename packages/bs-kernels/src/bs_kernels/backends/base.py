@@ -6,14 +6,14 @@ Shape legend: B batch, Hq query heads, Hkv key/value heads, Sq, Sk tokens, D hea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..plan import LayoutPlan
 
-__all__ = ["Backend", "Call", "Gradients", "Needs", "Problem"]
+__all__ = ["Backend", "Call", "Detailed", "Gradients", "Needs", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -185,4 +185,13 @@ class Backend(Protocol):
         Returns:
             The gradients.
         """
+        ...
+
+
+@runtime_checkable
+class Detailed(Protocol):
+    """A backend that has more to say about how it would compute a problem."""
+
+    def detail(self, problem: Problem) -> str:
+        """One line on how ``problem``, which the backend can compute, would run."""
         ...
