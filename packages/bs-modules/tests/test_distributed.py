@@ -21,6 +21,7 @@ from bs_kernels.backends.native import NativeBackend
 from bs_kernels.testing import assert_close_to_oracle, make_case
 from bs_kernels.testing.strategies import cases
 from bs_modules import (
+    BlockSparseAdaptive,
     BlockSparseAttention,
     BlockSparseHierarchical,
     BlockSparseRingDilatedAttention,
@@ -393,6 +394,30 @@ def test_a_placement_is_held_while_the_layout_changes(ranks):
         torch.testing.assert_close(out, whole[:, positions])
     with pytest.raises(ValueError, match="placement: expected 'cost_balanced' to rebalance, got 'contiguous'"):
         Distributed().rebalance(0, 64)
+
+
+def gated(rank, world, gate, samples):
+    """A gate's layout over the ring: refused live, taken when it is time."""
+    module = Distributed(attention=gate, distributed_config={"pattern_update_interval": 5})
+    whole = full_tensors()
+    shards = [x.tensor_split([112], 1)[rank] for x in whole]
+    with pytest.raises(ValueError, match=r"attention: expected one whose layout .* freeze"):
+        module(*shards[:3])
+    assert not module.update_pattern(3, gate, samples)
+    assert module.update_pattern(5, gate, samples)
+    return step(module, shards), module.attention.layout(203, False, 4).digest
+
+
+def test_the_layout_that_a_gate_picks(ranks):
+    gate = BlockSparseAdaptive(sparse_config={"base_sparsity": 0.6, "block_size": 16}, num_heads=4, head_dim=16)
+    samples = [full_tensors(heads=4, kv_heads=4)[:2]]
+    gate.select(*samples[0])  # makes the scorer's parameters
+    results = ranks.run(gated, gate, samples, world_size=2)
+    frozen = gate.freeze(samples)
+    assert {digest for _, digest in results} == {frozen.layout(203, False, 4).digest}
+    whole = step(frozen, full_tensors())
+    for i, want in enumerate(whole):
+        torch.testing.assert_close(torch.cat([r[i] for r, _ in results], 1), want)
 
 
 # ---------------------------------------------------------------------- precision, checkpoints, multihead

@@ -6,7 +6,7 @@ Shape legend: B batch, S own query tokens, T own key tokens, N key tokens of the
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from ._ring_checks import check_attention, check_shards, check_tokens, four_dims
 from ._ring_operands import Operands, share_of_heads
 from ._ring_placement import Placements
 from ._ring_session import open_sessions, session_of
+from .adaptive import BlockSparseAdaptive
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention, _half_dtype
 from .config import SparsePatternConfig
 from .distributed_config import DistributedSparseConfig
@@ -79,7 +80,8 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             `BlockSparseHierarchical`), or a mapping of the fields of the first. Pattern and density speak of the whole
             sequence.
         distributed_config: Placement, wire and upkeep, or a mapping of its fields. The module keeps this very object.
-        attention: The attention to spread, instead of the one that the arguments around this one describe.
+        attention: The attention to spread, instead of the one that the arguments around this one describe. A
+            `BlockSparseAdaptive` goes to one rank as it is, and to several by its `freeze` (see `update_pattern`).
         group: A process group or a one-dimensional `DeviceMesh`; `None`: the default group. A two-dimensional
             `DeviceMesh` shares tokens by ring along its first dimension and heads along its second: ranks of one row
             hold consecutive pieces of that ring rank's shard, and exchange tokens for heads around the ring
@@ -302,6 +304,28 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             return False
         return self._placements.rebalance(self._known_layout(seq_len, is_causal, num_heads), self._ring()[1])
 
+    def update_pattern(
+        self, step: int, gate: BlockSparseAdaptive, samples: Iterable[Sequence[Tensor]], is_causal: bool = False
+    ) -> bool:
+        """Every `pattern_update_interval` steps, replaces the attention inside by what a gate picks now.
+
+        A gate reads whole sequences, which no rank has, so over several ranks its layout is fixed between updates. Call
+        this on every rank with the same gate and samples; `rebalance` may follow.
+
+        Args:
+            step: Training steps taken.
+            gate: Picks the blocks; see `BlockSparseAdaptive.freeze`.
+            samples: Tuples of whole sequences that start with q and k; read only when it is time.
+            is_causal: Of the samples.
+
+        Returns:
+            Whether it was time.
+        """
+        if check_int("step", step, least=0) % self.distributed_config.pattern_update_interval:
+            return False
+        self.attention = gate.freeze(samples, is_causal)
+        return True
+
     def _known_layout(self, seq_len: int, is_causal: bool, num_heads: int | None) -> BlockLayout:
         """The layout that a placement is made for; the same as in `forward`, or an error."""
         layout = self.layout(seq_len, is_causal, num_heads)
@@ -350,6 +374,11 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             TypeError: As `BlockSparseAttention.forward`.
             ValueError: As `BlockSparseAttention.forward`, or shards that are not those of the placement.
         """
+        if self.world_size > 1 and isinstance(self.attention, BlockSparseAdaptive):
+            raise ValueError(
+                "attention: expected one whose layout is known without the input, because no rank has the whole "
+                "sequence, got a BlockSparseAdaptive; use its freeze(samples), or update_pattern"
+            )
         if self.world_size == 1:
             self._last_call = (q.shape[1], bool(is_causal)) if isinstance(q, Tensor) and q.ndim == 4 else None
             return self.attention(

@@ -29,7 +29,7 @@ class DistributedSparseConfig(CheckedConfig):
             for the gradients of a `DistributedDataParallel` model.
         compression_ratio: Bytes of values and indices that a rank sends over the bytes of its dense gradient, in
             (0, 1].
-        pattern_update_interval: Training steps after which a layout that depends on its input is chosen anew.
+        pattern_update_interval: Training steps after which `update_pattern` takes a gate's layout anew.
         load_balance_interval: Training steps after which `rebalance` looks for a better placement.
         placement: Where tokens live: `"contiguous"` (rank r holds the r-th slice), `"zigzag"`, `"stripe"`,
             `"cost_balanced"` (from the layout), or a `bs_comm.Placement`.
