@@ -257,11 +257,12 @@ def test_losses_of_the_gate():
     assert set(module.gate_losses) == {"sparsity", "distillation"}
     module.gate_losses["sparsity"].backward(retain_graph=True)
     assert (module.scorer.threshold.grad < 0).all()  # a higher threshold is a lower expected density
-    q.grad = k.grad = None
+    q.grad = k.grad = v.grad = None
     module.gate_losses["distillation"].backward()
-    assert q.grad is None
-    assert k.grad is None  # it teaches the scorer alone
     assert (module.scorer.gain.grad != 0).any()
+    assert (q.grad != 0).any()  # queries and keys learn to be found
+    assert (k.grad != 0).any()
+    assert v.grad is None
 
 
 # -- backends --------------------------------------------------------------------------------------------------------
@@ -354,7 +355,7 @@ def test_inside_multihead_with_padding_weights_and_causality():
     x = torch.randn(2, 40, 32)
     ignore = torch.zeros(2, 40, dtype=torch.bool)
     ignore[1, 33:] = True
-    out, weights = module(x, x, x, key_padding_mask=ignore, is_causal=True, average_attn_weights=False)
+    _, weights = module(x, x, x, key_padding_mask=ignore, is_causal=True, average_attn_weights=False)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 40))
     assert (weights[1, :, :, 33:] == 0).all()
     assert (weights.triu(1) == 0).all()
@@ -382,7 +383,7 @@ def test_made_by_the_factory_and_the_presets():
         assert torch.isfinite(module(q, k, v, True)).all()
     made = get_block_sparse_preset("multihead_adaptive_standard", embed_dim=32, num_heads=4)
     assert isinstance(made.attention, BlockSparseAdaptive)
-    with pytest.raises(TypeError, match="tempreature.*did you mean 'temperature'"):
+    with pytest.raises(TypeError, match=r"tempreature.*did you mean 'temperature'"):
         create_block_sparse_attention("adaptive", tempreature=2.0)
 
 
@@ -530,7 +531,7 @@ def test_bad_arguments():
     q, k, v = inputs(16)
     with pytest.raises(ValueError, match="adaptive_config: given beside sparse_config"):
         BlockSparseAdaptive(sparse_config={}, adaptive_config={})
-    with pytest.raises(TypeError, match="sparse_config: expected a AdaptiveConfig|sparse_config: expected an"):
+    with pytest.raises(TypeError, match="sparse_config: expected a AdaptiveConfig"):
         BlockSparseAdaptive(sparse_config=SparsePatternConfig())
     with pytest.raises(ValueError, match="order: expected 'auto' or 'longest_first'"):
         BlockSparseAdaptive(order="hilbert")

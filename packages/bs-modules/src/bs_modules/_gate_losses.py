@@ -10,23 +10,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def distillation_loss(logits: Tensor, mass: Tensor, readable: Tensor) -> Tensor:
+def distillation_loss(scores: Tensor, mass: Tensor, readable: Tensor) -> Tensor:
     """How far the scorer's softmax over the blocks it reads is from the mass that dense attention gives them.
 
     Σⱼ mⱼ (log(mⱼ / Σ m) − log pⱼ), the mean over batch, heads and rows: a Kullback-Leibler divergence, weighted by the
     mass that lies outside the blocks that are kept anyway.
 
     Args:
-        logits: `[B, H or 1, R, KB]`, without noise.
+        scores: `[B, H or 1, R, KB]`, without noise.
         mass: `[B, H, R, KB]`, from `block_mass`: a target, without gradient.
         readable: bool `[1 or H, R, KB]`; the blocks that the gate reads.
     """
-    if logits.shape[1] == 1:
+    if scores.shape[1] == 1:
         mass = mass.mean(1, keepdim=True)
-    mass = torch.where(readable, mass.detach(), 0).to(logits.dtype)
+    mass = torch.where(readable, mass.detach(), 0).to(scores.dtype)
     share = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
     # A row without readable blocks has mass 0 and would have log p = nan.
-    chosen = torch.where(readable, logits, float("-inf"))
+    chosen = torch.where(readable, scores, float("-inf"))
     chosen = torch.where(readable.any(-1, keepdim=True), chosen, 0)
     log_p = torch.where(readable, chosen.log_softmax(-1), 0)
     return (torch.xlogy(mass, share).sum(-1) - (mass * log_p).sum(-1)).mean()

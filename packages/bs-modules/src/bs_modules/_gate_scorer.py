@@ -17,37 +17,40 @@ from torch.nn.parameter import UninitializedParameter
 _RANK = 32  # width of the embeddings whose product corrects the similarity
 
 
-def pool_keys(k: Tensor, block: int, padding: Tensor | None, extremes: bool) -> Tensor:
-    """Mean, and with `extremes` maximum and minimum, of every key block over its real tokens.
+def pool_blocks(x: Tensor, block: int, padding: Tensor | None, parts: int) -> Tensor:
+    """Mean, maximum and minimum of every block over its real tokens, or the first `parts` of them.
 
     Args:
-        k: `[B, S, G, D]`.
+        x: `[B, S, H, D]`.
         block: Tokens per block; the last one may be short.
         padding: bool `[B, S]`, True = a real token.
-        extremes: Whether to take maximum and minimum.
+        parts: P.
 
     Returns:
-        `[B, G, KB, P, D]` with P = 1 or 3; 0 for a block without real tokens.
+        `[B, H, SB, P, D]` for SB blocks; 0 for a block without real tokens.
     """
-    batch, length = k.shape[:2]
-    short = -length % block
+    short = -x.shape[1] % block
     if padding is None and not short:
-        tiles = k.unflatten(1, (-1, block))
-        parts = [tiles.mean(2)] + ([tiles.amax(2), tiles.amin(2)] if extremes else [])
-        return torch.stack(parts, dim=-2).transpose(1, 2)
-    real = torch.ones(batch, length, dtype=torch.bool, device=k.device) if padding is None else padding
-    real = F.pad(real, (0, short)).view(batch, -1, block, 1, 1)
-    tiles = F.pad(k, (0, 0, 0, 0, 0, short)).unflatten(1, (-1, block))
+        tiles = x.unflatten(1, (-1, block))
+        # As a product with a row of 1 / block: several times faster in bf16 than a sum on CPU.
+        row = x.new_full((1, block), 1 / block)
+        mean = (row @ tiles.flatten(3)).view(x.shape[0], -1, *x.shape[2:])
+        made = [mean, *(reduce(tiles, 2) for reduce in (torch.amax, torch.amin)[: parts - 1])]
+        return torch.stack(made, dim=-2).transpose(1, 2)
+    real = x.new_ones(x.shape[:2], dtype=torch.bool) if padding is None else padding
+    real = F.pad(real, (0, short)).view(x.shape[0], -1, block, 1, 1)
+    tiles = F.pad(x, (0, 0, 0, 0, 0, short)).unflatten(1, (-1, block))
     count = real.sum(2)
-    parts = [torch.where(real, tiles, 0).sum(2) / count.clamp(min=1)]
-    if extremes:
-        low, high = torch.finfo(k.dtype).min, torch.finfo(k.dtype).max
-        parts += [torch.where(real, tiles, low).amax(2), torch.where(real, tiles, high).amin(2)]
-        parts = [torch.where(count > 0, part, 0) for part in parts]
-    return torch.stack(parts, dim=-2).transpose(1, 2)
+    low, high = torch.finfo(x.dtype).min, torch.finfo(x.dtype).max
+    made = [torch.where(real, tiles, 0).sum(2) / count.clamp(min=1)]
+    if parts > 1:
+        made.append(torch.where(real, tiles, low).amax(2))
+    if parts > 2:
+        made.append(torch.where(real, tiles, high).amin(2))
+    return torch.stack([torch.where(count > 0, part, 0) for part in made], dim=-2).transpose(1, 2)
 
 
-def pool_queries(q: Tensor, block: int, causal: bool, extremes: bool) -> Tensor:
+def pool_queries(q: Tensor, block: int, causal: bool, parts: int) -> Tensor:
     """The same of every query block. Of a causal one, over the `block` queries that end with its first.
 
     So a causal block's summary reads nothing after its first position, and a block of one query is that query.
@@ -55,16 +58,13 @@ def pool_queries(q: Tensor, block: int, causal: bool, extremes: bool) -> Tensor:
     if block == 1:
         return q.transpose(1, 2).unsqueeze(-2)
     if not causal:
-        return pool_keys(q, block, None, extremes)
+        return pool_blocks(q, block, None, parts)
+    # Nothing comes before the first query, so the first summary is of it alone.
+    first = q[:, :1].transpose(1, 2).unsqueeze(-2).expand(-1, -1, -1, parts, -1)
     blocks = -(-q.shape[1] // block)
-    before = block - 1
-    window = F.pad(q[:, : (blocks - 1) * block + 1], (0, 0, 0, 0, before, 0))
     if blocks == 1:
-        return pool_keys(window[:, before:], block, None, extremes)
-    # Only the first window is cut short, to the first query alone.
-    rest = pool_keys(window[:, block:], block, None, extremes)
-    head = q[:, 0].unsqueeze(2).unsqueeze(-2).expand(-1, -1, 1, 3 if extremes else 1, -1)
-    return torch.cat((head, rest), dim=2)
+        return first
+    return torch.cat((first, pool_blocks(q[:, 1 : (blocks - 1) * block + 1], block, None, parts)), dim=2)
 
 
 class ImportanceScorer(nn.Module):
@@ -157,7 +157,7 @@ class ImportanceScorer(nn.Module):
         shapes: dict[str, tuple[int, ...]] = {"gain": (heads, 2), "slope": (heads,)}
         if self._density is not None:
             shapes["threshold"] = (heads,)
-        parts = {"q": 1 if self.query_block_size == 1 else self._parts, "k": self._parts}
+        parts = {"q": 1 if self.query_block_size == 1 else min(self._parts, 2), "k": self._parts}
         for side, count in (("q", heads), ("k", kv_heads)):
             widths = [parts[side] * dim, *[self.hidden_dim] * (self.num_layers - 1), _RANK]
             for i, (width, out) in enumerate(pairwise(widths)):
@@ -211,11 +211,11 @@ class ImportanceScorer(nn.Module):
     def pool(
         self, q: Tensor, k: Tensor, block_size: int, is_causal: bool, key_padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the scorer reads of the blocks: `[B, H, QB, P, D]` and `[B, G, KB, P, D]`; arguments as for `forward`."""
+        """What the scorer reads: `[B, H, QB, P, D]` and `[B, G, KB, P, D]`; arguments as for `forward`."""
         self.initialize(q.shape[2], k.shape[2], q.shape[3])
         wide = torch.promote_types(q.dtype, torch.float32)
-        queries = pool_queries(q, self.query_block_size, is_causal, self.extremes).to(wide)
-        keys = pool_keys(k, block_size, key_padding_mask, self.extremes).to(wide)
+        queries = pool_queries(q, self.query_block_size, is_causal, min(self._parts, 2)).to(wide)
+        keys = pool_blocks(k, block_size, key_padding_mask, self._parts).to(wide)
         if self.share_across_heads:
             queries, keys = queries.mean(1, keepdim=True), keys.mean(1, keepdim=True)
         return queries, keys

@@ -210,14 +210,14 @@ class BlockSparseAdaptive(BlockSparseAttention):
         is_causal: bool,
         key_padding_mask: Tensor | None,
     ) -> Tensor:
-        """The distillation loss of some query blocks. It teaches the scorer alone, not the queries and keys it reads."""
+        """The distillation loss of some query blocks. It teaches the scorer, and queries and keys to be found by it."""
         config, (queries, keys) = self.sparse_config, pooled
         rows = torch.randperm(queries.shape[2], device=q.device)[: config.distill_rows]
         with torch.no_grad():
             scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
             mass = block_mass(q, k, rows, config.blocks, is_causal, scale, key_padding_mask)
-        scores = self.scorer.score(queries[:, :, rows].detach(), keys.detach(), room.distance[rows])
-        return distillation_loss(scores / self.temperature.to(scores.dtype), mass, room.readable[:, rows])
+        scores = self.scorer.score(queries[:, :, rows], keys, room.distance[rows])
+        return distillation_loss(scores, mass, room.readable[:, rows])
 
     def _layout_and_bias(
         self, q: Tensor, k: Tensor, is_causal: bool, key_padding_mask: Tensor | None, segment_ids: Any
