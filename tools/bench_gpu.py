@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ def record_of(setting: Setting, pairs: float, times: dict[str, dict[str, float]]
             record[f"best_dense_{phase}"] = best.removeprefix("dense ")
         if phase in times.get("flex", {}):
             record[f"over_flex_{phase}"] = times["flex"][phase] / own
+    if "triton" in times and "triton any order" in times:
+        record["any_order_backward"] = times["triton any order"]["backward"] / times["triton"]["backward"]
     return record
 
 
@@ -258,6 +261,8 @@ def contestants_of(
         return block_sparse_attention(q, k, v, plan, backend="triton")
 
     add("triton", sparse, [q, k, v], dout)
+    any_order = partial(block_sparse_attention, q, k, v, plan, backend="triton", deterministic=False)
+    add("triton any order", any_order, [q, k, v], dout)
     if "triton" not in found:
         raise SystemExit(f"bench_gpu: {notes[0]}")
     grouped = setting.heads != setting.kv_heads

@@ -78,9 +78,14 @@ def tune(head_dims: list[int], dtype: torch.dtype, blocks: tuple[int, ...] = (12
             launch.rows_launch(call, dout, lse, delta, dq, None, c).run()
 
         def columns(c: Config, call=call, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv) -> None:
-            launch.columns_launch(call, dout, lse, delta, dk, dv, c).run()
+            launch.columns_launch(call, dout, lse, delta, None, dk, dv, c).run()
 
-        for name, run in (("forward", forward), ("rows", rows), ("columns", columns)):
+        wide = out.new_zeros(q.shape)
+
+        def atomic(c: Config, call=call, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv, wide=wide) -> None:
+            launch.columns_launch(call, dout, lse, delta, wide, dk, dv, c).run()
+
+        for name, run in (("forward", forward), ("rows", rows), ("columns", columns), ("atomic", atomic)):
             shape = launch._shape(call, name)
             best = fastest(choices(shape.extent), run)
             if best is None:

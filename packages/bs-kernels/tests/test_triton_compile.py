@@ -40,7 +40,8 @@ def launches(target, kernels, *, dim, dtype, block=128, paged=False, q_heads=4, 
         "rows": lambda c: launch.rows_launch(
             call, case.dout, rows, rows, case.q, None if call.block_bias is None else torch.empty(1, q_heads, 4, 9), c
         ),
-        "columns": lambda c: launch.columns_launch(call, case.dout, rows, rows, case.k, case.v, c),
+        "atomic": lambda c: launch.columns_launch(call, case.dout, rows, rows, rows, case.k, case.v, c),
+        "columns": lambda c: launch.columns_launch(call, case.dout, rows, rows, None, case.k, case.v, c),
     }
     for kernel in kernels:
         config = next(candidates(TARGETS[target][1], launch._shape(call, kernel)))
@@ -52,6 +53,7 @@ CASES = {
     "Hopper, bf16": ("sm90", ALL, {"dim": 128, "dtype": torch.bfloat16, "causal": True}),
     "Hopper, everything": ("sm90", ALL, {"dim": 64, "dtype": torch.float16, "block": 64, **EVERYTHING}),
     "Hopper, pages": ("sm90", ("forward",), {"dim": 80, "dtype": torch.bfloat16, "block": 32, "paged": True}),
+    "Hopper, any order": ("sm90", ("atomic",), {"dim": 128, "dtype": torch.bfloat16, "causal": True}),
     "Ampere, fp16": ("sm80", ALL, {"dim": 64, "dtype": torch.float16, "causal": True}),
     "Ampere, fp32": ("sm80", ("forward",), {"dim": 32, "dtype": torch.float32, "block": 16}),
     "MI300X, bf16": ("gfx942", ("forward", "columns"), {"dim": 64, "dtype": torch.bfloat16, "causal": True}),

@@ -6,6 +6,7 @@ Without a GPU this module runs under ``TRITON_INTERPRET=1``, which must be set b
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -293,6 +294,17 @@ def test_strides_and_empty_batches():
     assert out.shape == (0, 20, 2, 16)
     assert lse.shape == (0, 2, 20)
     out.sum().backward()
+
+
+@pytest.mark.parametrize("block_size", [(16, 16), (48, 24), (7, 5)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_gradients_in_any_order(block_size, spread, monkeypatch):
+    """``deterministic=False``: one pass; keys beyond the end of a short block add nothing, whatever the LSE."""
+    monkeypatch.setattr(launch, "rows_launch", None)
+    length = (20, 23) if block_size[0] == 7 else (40, 53)
+    arguments = {"dropout_p": 0.2, "dropout_seed": 4} if spread == 1 else {"causal": True}
+    case = make_case(layout_of(length, block_size), head_dim=16, spread=spread, dtype=torch.float32, **arguments)
+    check_against_oracle(case, partial(attention, deterministic=False))
 
 
 def test_dropout_drops_the_same_entries_as_the_reference():

@@ -1,7 +1,8 @@
 """The backward kernel of keys and values: one program per tile of keys, over the column's blocks.
 
 Shape legend as in `forward`; scores are transposed, [N, M]. The query heads that share a key head are summed in order
-by one program, so nothing is added atomically and the bits are the same every time.
+by one program, so the bits are the same every time. Queries that several columns reach are another matter: only where
+the call does not ask for determinism are their gradients added here, atomically.
 """
 
 # Triton compiles what follows; to a type checker of Python it makes no sense.
@@ -26,8 +27,10 @@ def _columns(
     end,
     q_head,
     dout_head,
+    dq_head,
     q_token_stride,
     dout_token_stride,
+    dq_token_stride,
     lse,
     delta,
     rows,
@@ -52,6 +55,7 @@ def _columns(
     low,
     high,
     scale,
+    plain_scale,
     keep_scale,
     threshold,
     MASKED: tl.constexpr,
@@ -69,6 +73,7 @@ def _columns(
     ATTN_BIAS: tl.constexpr,
     HAS_BLOCK_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    ATOMIC: tl.constexpr,
     INTERPRET: tl.constexpr,
     PRECISION: tl.constexpr,
     dtype: tl.constexpr,
@@ -146,7 +151,15 @@ def _columns(
             dweights = tl.where(keep, dweights * keep_scale, 0.0)
         dv = tl.dot(as_operand(dropped, dtype, INTERPRET), dout_tile, dv, input_precision=PRECISION)
         dscores = weights * (dweights - rows_delta[None, :])
-        dk = tl.dot(as_operand(dscores, dtype, INTERPRET), q_tile, dk, input_precision=PRECISION)
+        if ATOMIC:  # here keys do meet: those beyond the end of their block must add nothing
+            dscores = tl.where(k_in[:, None], dscores, 0.0)
+        dscores = as_operand(dscores, dtype, INTERPRET)
+        dk = tl.dot(dscores, q_tile, dk, input_precision=PRECISION)
+        if ATOMIC:
+            part = tl.dot(tl.trans(dscores), k_tile, input_precision=PRECISION) * plain_scale
+            dq_tile = dq_head + q_local.to(tl.int64) * dq_token_stride
+            dq_pointers = dq_tile + offs_m[:, None] * dq_token_stride + offs_d[None, :]
+            tl.atomic_add(dq_pointers, part, mask=q_in[:, None] & (offs_d < D)[None, :], sem="relaxed")
         q_local = tl.load(starts + (step + 1) // TILES_M)
     return dk, dv
 
@@ -172,6 +185,7 @@ def columns_kernel(
     dout,
     lse,
     delta,
+    dq,
     dk,
     dv,
     col_order,
@@ -244,13 +258,15 @@ def columns_kernel(
     ATTN_BIAS: tl.constexpr,
     HAS_BLOCK_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    ATOMIC: tl.constexpr,
     INTERPRET: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of TILE_N keys and values of one key head, summed over the query heads that share it.
 
     ``col_order`` lists columns of the plan where heads share them, else columns of key heads (see
-    `lists.Lists.col_order`). ``dk`` and ``dv`` are contiguous [B, Sk, Hkv, ·].
+    `lists.ColumnLists.col_order`). ``dk`` and ``dv`` are contiguous [B, Sk, Hkv, ·]. ATOMIC: the gradient of the
+    queries is added to ``dq``, float32 [B, Sq, Hq, D], which spares the kernel over rows but sums in no fixed order.
     """
     column, outer, _, tile = place(col_order, columns, slow, 1, TILES_N, CHUNK)
     j = column % kv_blocks
@@ -313,8 +329,10 @@ def columns_kernel(
                 middle if part == 0 else end,
                 q + wide * q_batch_stride + wide_head * q_head_stride,
                 dout + wide * dout_batch_stride + wide_head * dout_head_stride,
+                dq + (wide * q_len * q_heads + head) * D if ATOMIC else dq,
                 q_token_stride,
                 dout_token_stride,
+                q_heads * D,
                 lse + (wide * q_heads + head) * q_len,
                 delta + (wide * q_heads + head) * q_len,
                 t_rows,
@@ -341,6 +359,7 @@ def columns_kernel(
                 low,
                 high,
                 scale,
+                plain_scale,
                 keep_scale,
                 threshold,
                 part == 1,
@@ -358,6 +377,7 @@ def columns_kernel(
                 ATTN_BIAS,
                 HAS_BLOCK_BIAS,
                 HAS_DROPOUT,
+                ATOMIC,
                 INTERPRET,
                 PRECISION,
                 dtype,

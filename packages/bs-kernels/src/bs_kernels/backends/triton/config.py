@@ -74,7 +74,7 @@ class Shape:
     """What a choice depends on besides the device.
 
     Attributes:
-        kernel: "forward", "rows" or "columns".
+        kernel: "forward", "rows", "columns", or "atomic" for the columns that add gradients of queries, too.
         dtype: of the operands.
         dim: the larger of the head dims, padded to a power of two.
         extent: ``(query, key)`` tokens per block, no more than the sequence has.
@@ -136,12 +136,13 @@ def candidates(target: Target, shape: Shape) -> Iterator[Config]:
         Configurations, each asking less of the device than the one before. Always the same ones.
     """
     bucket = 64 if shape.dim <= 64 else 128 if shape.dim <= 128 else 256
+    kernel = "columns" if shape.kernel == "atomic" else shape.kernel
     if target.kind == "interpreter":
         best = _INTERPRETER
     elif shape.dtype == torch.float32:
-        best = _WIDE[shape.kernel][bucket]
+        best = _WIDE[kernel][bucket]
     else:
-        best = _NARROW[target.kind][shape.kernel][bucket]
+        best = _NARROW[target.kind][kernel][bucket]
     tuned = _tuned(target.name).get(shape.key)
     config = tuned or replace(
         best, tile_m=_fit(shape.extent[0], best.tile_m), tile_n=_fit(shape.extent[1], best.tile_n)
@@ -160,7 +161,7 @@ def candidates(target: Target, shape: Shape) -> Iterator[Config]:
 
 def _footprint(config: Config, shape: Shape, width: int) -> int:
     """A lower bound of the bytes of shared memory: the buffers of what is read in every step."""
-    stepped = config.tile_m if shape.kernel == "columns" else config.tile_n
+    stepped = config.tile_m if shape.kernel in ("columns", "atomic") else config.tile_n
     return max(config.stages - 1, 1) * 2 * stepped * shape.dim * width
 
 

@@ -88,6 +88,15 @@ def run_backward(
     """`Backend.backward`; ``configs`` replace the choices of the table for rows and columns."""
     dq, dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=x.device) for x in (call.q, call.k, call.v))
     dout = dout.to(call.q.dtype)
+    if not call.deterministic and not needs.block_bias:
+
+        def both(config: Config) -> None:
+            nonlocal dq
+            dq = torch.zeros(call.q.shape, dtype=torch.float32, device=call.q.device)
+            columns_launch(call, dout, lse, delta, dq, dk, dv, config).run()
+
+        _try_each(call, "atomic", configs[1], both)
+        return Gradients(dq.to(grad_dtype), dk, dv)
     partial_sums: list[Tensor] = []
 
     def rows(config: Config) -> None:
@@ -100,7 +109,7 @@ def run_backward(
         rows_launch(call, dout, lse, delta, dq, partial_sums[0] if partial_sums else None, config).run()
 
     _try_each(call, "rows", configs[0], rows)
-    _try_each(call, "columns", configs[1], lambda c: columns_launch(call, dout, lse, delta, dk, dv, c).run())
+    _try_each(call, "columns", configs[1], lambda c: columns_launch(call, dout, lse, delta, None, dk, dv, c).run())
     d_bias = None
     if partial_sums and call.block_bias is not None:
         d_bias = partial_sums[0].sum(2).sum_to_size(call.block_bias.shape)
@@ -318,9 +327,16 @@ def rows_launch(
 
 
 def columns_launch(
-    call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, config: Config
+    call: Call,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor | None,
+    dk: Tensor,
+    dv: Tensor,
+    config: Config,
 ) -> Launch:
-    """The launch that fills ``dk`` and ``dv``."""
+    """The launch that fills ``dk`` and ``dv`` and, where given, adds to ``dq`` in no fixed order."""
     arguments, constants, keep = _shared(call, {"q": call.q, "k": call.k, "v": call.v, "dout": dout})
     plan, extent, slow = call.plan, _extent(call), _over(call)
     lists = column_lists(plan, constants["GROUP"], masked_ends=plan.block_size[0] % config.tile_m != 0)
@@ -328,6 +344,7 @@ def columns_launch(
     arguments |= {
         "lse": lse,
         "delta": delta,
+        "dq": dq,
         "dk": dk,
         "dv": dv,
         "col_order": lists.col_order,
@@ -348,5 +365,6 @@ def columns_launch(
         "TILE_M": config.tile_m,
         "TILES_M": _tiles(extent[0], config.tile_m),
         "BLOCK_M": plan.block_size[0],
+        "ATOMIC": dq is not None,
     }
     return Launch(columns_kernel, columns * slow * constants["TILES_N"], arguments, constants, config, keep)
