@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bs_modules import SparsePatternConfig
+from bs_modules import AdaptiveConfig, DistributedSparseConfig, HierarchicalConfig, SparsePatternConfig
 from bs_patterns import DilatedSparse, GlobalLocal, LocalWindow
 
 
@@ -214,3 +214,29 @@ def test_conversions_refuse_what_is_no_config():
         SparsePatternConfig().replace(window=3)
     with pytest.raises(ValueError):
         SparsePatternConfig.from_toml("pattern_type = ")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SparsePatternConfig("global_local", global_tokens=32, sparsity_ratio=0.2, block_size=(32, 16)),
+        SparsePatternConfig(head_groups=GROUPS),
+        HierarchicalConfig([{"stride": 2, "window_size": -1, "block_size": 32}], sparsity_ratio=0.1),
+        HierarchicalConfig(auto_levels=True),
+        AdaptiveConfig(base_sparsity=0.8, learn_density=True, max_density=0.5),
+        DistributedSparseConfig(enable_gradient_compression=True, compression_ratio=0.2, placement="zigzag"),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_every_config_is_plain_data(config, tmp_path):
+    kind = type(config)
+    assert kind.from_dict(config.to_dict()) == config
+    (tmp_path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert kind.from_toml(tmp_path / "config.toml") == kind.from_toml(config.to_toml()) == config
+    assert deepcopy(config) == pickle.loads(pickle.dumps(config)) == config.replace() == config
+    assert hash(config.fingerprint()) == hash(kind.from_dict(config.to_dict()).fingerprint())
+    field = next(iter(config.to_dict()))
+    with pytest.raises(ValueError, match=f"did you mean '{field}'"):
+        kind.from_dict({f"{field}s": 1})
+    with pytest.raises(AttributeError, match="no field 'nonsense'"):
+        config.nonsense = 1

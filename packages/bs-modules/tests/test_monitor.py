@@ -23,6 +23,7 @@ from bs_modules.attention import BlockSparseAttention
 from bs_modules.monitor import ELSEWHERE, ModuleMetrics, Monitor
 from bs_modules.multihead import BlockSparseRingMultiheadDilatedAttention
 from bs_modules.sinks import LoggingSink, PrometheusSink, TensorBoardSink, prometheus_text
+from bs_patterns import LocalWindow, PerHead
 
 
 class Model(nn.Module):
@@ -183,6 +184,32 @@ def test_multihead_and_its_attention_are_both_watched_and_other_models_are_not()
     assert found["self_attn.attention"].backend_runs.total() == 1
     assert found["self_attn"].density == found["self_attn.attention"].density
     assert found[ELSEWHERE].backend_runs.total() == 1
+
+
+class Mean(nn.Module):
+    """An attention of the user's own that can tell no density."""
+
+    def forward(self, q, k, v, is_causal):
+        return v.mean(1, keepdim=True).expand_as(q)
+
+
+def test_an_attention_that_tells_no_density_is_timed_all_the_same():
+    module = create_multihead_block_sparse(16, 2, attention=Mean())
+    x = torch.randn(5, 1, 16)
+    with Monitor(module) as monitor:
+        module(x, x, x, need_weights=False)
+    found = monitor.metrics()[type(module).__name__]
+    assert (found.calls, found.density) == (1, None)
+
+
+def test_heads_that_differ_need_no_announcement():
+    module = create_block_sparse_attention(
+        "base", pattern_type=PerHead([LocalWindow(16), LocalWindow(64)]), block_size=8
+    )
+    with Monitor(module) as monitor:
+        module(*inputs())
+    density = monitor.metrics()[type(module).__name__].density
+    assert density == module.layout(72, num_heads=2).density == module.get_pattern_stats()["density"]
 
 
 def test_threads_are_told_apart():

@@ -56,6 +56,7 @@ class BlockSparseAttention(nn.Module):
     _config_type: type[CheckedConfig] = SparsePatternConfig
     #: Why the factory took this variant; `None` for a module that it did not make.
     chosen_because: str | None = None
+    _last_heads: int | None = None  # of the last call
 
     def __init__(
         self,
@@ -92,6 +93,7 @@ class BlockSparseAttention(nn.Module):
         self.register_buffer("_anchor", torch.empty(0, device=device, dtype=dtype), persistent=False)
         self._anchor: Tensor
         self._last_call: tuple[int, bool] | None = None
+        self._last_heads = None
         self._forget()
 
     # -- what the module attends to ----------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ class BlockSparseAttention(nn.Module):
             seq_len: Tokens, or a (query, key) pair of lengths. With `is_causal` the last query sees the last key, and
                 fewer queries than keys are the last rows of the square layout (decoding with a cache).
             is_causal: Whether queries see only keys up to their own position.
-            num_heads: Query heads; `None` takes the module's, or 1.
+            num_heads: Query heads; `None` takes the module's, those of the last call, or 1.
 
         Returns:
             One row pattern shared by all heads (`heads == 1`) unless the heads differ.
@@ -138,7 +140,7 @@ class BlockSparseAttention(nn.Module):
         return (self.sparse_config.fingerprint(), tuple(self.segment_lengths or ()), tuple(self.dilation_rates or ()))
 
     def _known_heads(self) -> int | None:
-        return self.num_heads or getattr(self.sparse_config, "heads", None)
+        return self.num_heads or getattr(self.sparse_config, "heads", None) or self._last_heads
 
     def _candidates(self) -> LongNetSegments | None:
         if self.segment_lengths is None or self.dilation_rates is None:
@@ -237,7 +239,7 @@ class BlockSparseAttention(nn.Module):
             ValueError: Shapes, devices or head counts do not fit.
         """
         self._check_inputs(q, k, v)
-        self._last_call = (q.shape[1], bool(is_causal))
+        self._last_call, self._last_heads = (q.shape[1], bool(is_causal)), q.shape[2]
         layout, block_bias = self._layout_and_bias(q, k, bool(is_causal), key_padding_mask, segment_ids)
         arguments: dict[str, Any] = {
             "block_bias": block_bias,

@@ -188,7 +188,7 @@ class Monitor:
         self._local.paused = True
         try:
             for module, name in list(self._names.items()):
-                if found[name].calls:
+                if found[name].calls and hasattr(getattr(module, "attention", module), "get_pattern_stats"):
                     stats: Any = module.get_pattern_stats()  # pyright: ignore[reportCallIssue]
                     found[name].density = stats["density"]
                     found[name].requested_density = stats.get("requested_density")
