@@ -27,6 +27,7 @@ from bs_modules import (
     BlockSparseRingDilatedAttention,
     BlockSparseRingDilatedAttentionHilbertPostPattern,
     BlockSparseRingMultiheadDilatedAttention,
+    DilatedAttention,
     DistributedSparseConfig,
     HierarchicalConfig,
     SparsePatternConfig,
@@ -403,6 +404,8 @@ def gated(rank, world, gate, samples):
     shards = [x.tensor_split([112], 1)[rank] for x in whole]
     with pytest.raises(ValueError, match=r"attention: expected one whose layout .* freeze"):
         module(*shards[:3])
+    with pytest.raises(ValueError, match=r"attention: expected one with a layout of blocks .* got a DilatedAttention"):
+        Distributed(attention=DilatedAttention([64], [2]))(*shards[:3])
     assert not module.update_pattern(3, gate, samples)
     assert module.update_pattern(5, gate, samples)
     return step(module, shards), module.attention.layout(203, False, 4).digest

@@ -29,6 +29,7 @@ from ._ring_session import open_sessions, session_of
 from .adaptive import BlockSparseAdaptive
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention, _half_dtype
 from .config import SparsePatternConfig
+from .dilated import DilatedAttention
 from .distributed_config import DistributedSparseConfig
 from .explain import Explanation
 from .hierarchical import BlockSparseHierarchical, HierarchicalConfig
@@ -374,12 +375,9 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             TypeError: As `BlockSparseAttention.forward`.
             ValueError: As `BlockSparseAttention.forward`, or shards that are not those of the placement.
         """
-        if self.world_size > 1 and isinstance(self.attention, BlockSparseAdaptive):
-            raise ValueError(
-                "attention: expected one whose layout is known without the input, because no rank has the whole "
-                "sequence, got a BlockSparseAdaptive; use its freeze(samples), or update_pattern"
-            )
-        if self.world_size == 1:
+        if self.world_size > 1:
+            self._check_spreads()
+        else:
             self._last_call = (q.shape[1], bool(is_causal)) if isinstance(q, Tensor) and q.ndim == 4 else None
             return self.attention(
                 q, k, v, is_causal,
@@ -402,6 +400,19 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         # Autocast returns what it computes in; mixed precision what it was given.
         out = out.to(given_dtype) if self.mixed_precision else out
         return (out, lse) if return_lse else out
+
+    def _check_spreads(self) -> None:
+        """Refuses an attention that is more than one softmax over a layout of blocks."""
+        if isinstance(self.attention, BlockSparseAdaptive):
+            raise ValueError(
+                "attention: expected one whose layout is known without the input, because no rank has the whole "
+                "sequence, got a BlockSparseAdaptive; use its freeze(samples), or update_pattern"
+            )
+        if isinstance(self.attention, DilatedAttention):
+            raise ValueError(
+                "attention: expected one with a layout of blocks over several ranks, got a DilatedAttention; segments "
+                "at block granularity are segment_lengths and dilation_rates of the base attention"
+            )
 
     def _over_ring(
         self, x: Operands, is_causal: bool, dropout: float, heads: tuple[int, int] = (0, 1)
