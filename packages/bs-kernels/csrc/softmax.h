@@ -130,9 +130,11 @@ __attribute__((noinline)) void softmax_step(float* s, long rows, const float* pe
     f t = V::load(top + j * V::W);
     total[j] = V::load(sum + j * V::W);
     if (moves) {
-      const f now = V::max(V::load(peak + j * V::W), t);
-      // A lane that has seen nothing (-inf) keeps a sum of 0, whatever the factor: make it e^0.
-      const f factor = exp<V>(V::if_equal(now, -kInf, V::all(0.f), V::sub(t, now)));
+      // Each lane by itself: a query's result must not depend on its neighbours in the tile, which may come after it.
+      const f high = V::load(peak + j * V::W);
+      const f over = V::max(V::sub(high, V::add(t, V::all(7.f))), V::all(0.f));  // 0 too where both are -inf
+      const f now = V::if_equal(over, 0.f, t, V::max(high, t));
+      const f factor = V::if_equal(over, 0.f, V::all(1.f), exp<V>(V::sub(t, now)));
       V::store(top + j * V::W, now);
       total[j] = V::mul(total[j], factor);
       if (!first)
