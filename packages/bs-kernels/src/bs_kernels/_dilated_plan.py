@@ -119,7 +119,7 @@ class DilatedPlan:
             segment_layout=segment_layout,
             q_start=q_start,
             kv_start=kv_start,
-            device=torch.device(device),
+            device=torch.empty(0, device=device).device,  # "cuda" with its index, as tensors say it
         )
         return cls.answer(asked)
 

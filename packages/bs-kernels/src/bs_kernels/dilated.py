@@ -204,6 +204,8 @@ def dilated_attention(
         raise TypeError(f"plan: expected a DilatedPlan, got {type(plan).__name__}")
     elif plan.question != asked:
         raise ValueError(f"plan: expected one for this call, got {plan}")
+    if any(branch.rate > 1 for branch in asked.branches):
+        q, k, v = (x.contiguous() for x in (q, k, v))  # once, rather than whenever cells are cut out of strided heads
     lengths = (q.shape[1], k.shape[1])
     q_ids, kv_ids = check_segments(segment_ids, q, lengths)
     dropout = check_dropout(dropout_p, dropout_seed, q.device)
