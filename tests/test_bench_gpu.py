@@ -131,5 +131,15 @@ def test_without_a_gpu_it_says_so():
     assert "Traceback" not in done.stderr
 
 
+def test_the_tuner_tries_valid_tiles(bench):
+    pytest.importorskip("triton")
+    import gpu_tune
+
+    for extent, tiles in (((128, 512), {64, 128}), ((64, 64), {32, 64}), ((7, 5), {16})):
+        tried = list(gpu_tune.choices(extent))
+        assert {size for c in tried for size in (c.tile_m, c.tile_n)} == tiles
+        assert len(set(tried)) == len(tried) == len(tiles) ** 2 * 4
+
+
 def test_names_of_files(bench):
     assert bench.slug("NVIDIA H200 141GB (HBM3e)") == "nvidia-h200-141gb-hbm3e"

@@ -26,10 +26,10 @@ from bs_patterns import BlockLayout
 
 def choices(extent: tuple[int, int]) -> Iterator[Config]:
     """Configurations worth a try for blocks of this size."""
-    sizes = [[size for size in (32, 64, 128) if size <= max(block, 32)] for block in extent]
-    for tile_m, tile_n, warps, stages in itertools.product(*sizes, (4, 8), (1, 2, 3, 4)):
-        if tile_m * tile_n >= 32 * 64:
-            yield Config(tile_m, tile_n, warps, stages)
+    limits = [min(block, 128) for block in extent]
+    sizes = [[size for size in (16, 32, 64, 128) if size in (limit, limit // 2)] or [16] for limit in limits]
+    for tile_m, tile_n, warps, stages in itertools.product(*sizes, (4, 8), (2, 3)):
+        yield Config(tile_m, tile_n, warps, stages)
 
 
 def fastest(options: Iterator[Config], run: Callable[[Config], object]) -> tuple[Config, float] | None:

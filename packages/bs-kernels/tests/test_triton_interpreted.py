@@ -19,6 +19,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.timeout(1200)  # a whole suite
 def test_the_kernels_match_the_oracle_in_the_interpreter():
     suite = Path(__file__).with_name("test_triton_oracle.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(suite)]

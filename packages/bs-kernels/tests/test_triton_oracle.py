@@ -83,7 +83,7 @@ def layout_of(seq_len, block_size, *, heads=1, density=0.6, seed=0, **more):
     )
 
 
-@settings(max_examples=6)  # the interpreter takes about a second per case
+@settings(max_examples=4)  # the interpreter takes about seconds per case
 @given(
     case=cases(
         arguments=(
@@ -131,7 +131,8 @@ ARGUMENTS = {
 def test_each_argument_alone(name):
     layout = layout_of(**PLAIN)
     dtype = DTYPES[list(ARGUMENTS).index(name) % 3]
-    case = make_case(layout, batch=2, head_dim=20, value_dim=16, dtype=dtype, **ARGUMENTS[name])
+    batch = 2 if name in ("padding", "segments", "dropout") else 1
+    case = make_case(layout, batch=batch, head_dim=20, value_dim=16, dtype=dtype, **ARGUMENTS[name])
     check_against_oracle(case, attention)
 
 
@@ -145,15 +146,22 @@ def test_head_dims(dims, dtype):
     check_against_oracle(case, attention)
 
 
-@pytest.mark.parametrize(
-    "block_size", [(1, 16), (7, 5), (48, 24), (64, 80), (128, 128), (16, 100), (200, 33)], ids="{0[0]}x{0[1]}".format
-)
-@pytest.mark.parametrize("tile", [None, Config(16, 16, 4, 1), Config(16, 32, 4, 1)], ids=["table", "16x16", "16x32"])
-def test_block_sizes_and_tiles(block_size, tile, monkeypatch):
+SMALL_TILES = Config(16, 16, 4, 1), Config(16, 32, 4, 1)
+BLOCKS = {
+    **{f"{q}x{k}": ((q, k), None) for q, k in ((1, 16), (7, 5), (48, 24), (64, 80), (128, 128), (16, 100), (200, 33))},
+    "48x24 in 16x16": ((48, 24), SMALL_TILES[0]),
+    "64x80 in 16x32": ((64, 80), SMALL_TILES[1]),
+    "33x64 in 16x32": ((33, 64), SMALL_TILES[1]),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_sizes_and_tiles(name, monkeypatch):
     """Blocks larger than a tile, smaller than one, and not a multiple of it."""
+    block_size, tile = BLOCKS[name]
     if tile is not None:
         monkeypatch.setattr(launch, "candidates", lambda target, shape: iter([tile]))
-    length = (5, 37) if block_size[0] == 1 else (20, 23) if block_size[0] == 7 else (70, 90)
+    length = {1: (5, 37), 7: (20, 23), 48: (50, 50)}.get(block_size[0], (70, 90))
     layout = layout_of(length, block_size, density=0.7)
     case = make_case(layout, q_heads=1, kv_heads=1, head_dim=16, causal=True, block_bias=True, sinks=True)
     check_against_oracle(case, attention)
@@ -181,7 +189,7 @@ def test_many_rows_are_scheduled_in_chunks(monkeypatch):
 @pytest.mark.parametrize("density", [0.0, 1.0])
 @pytest.mark.parametrize("sinks", [None, True])
 def test_empty_and_full_layouts(density, sinks):
-    layout = layout_of((33, 47), (16, 16), heads=2, density=density)
+    layout = layout_of((20, 35), (16, 16), heads=2, density=density)
     got = check_against_oracle(make_case(layout, head_dim=16, sinks=sinks), attention)
     if density == 0:
         assert all((x == 0).all() for name, x in got.items() if name not in ("lse", "sinks"))
@@ -190,7 +198,7 @@ def test_empty_and_full_layouts(density, sinks):
 
 @pytest.mark.parametrize("spread", [30.0, 100.0])
 def test_extreme_logits(spread):
-    case = make_case(layout_of((40, 48), (16, 16)), head_dim=16, spread=spread)
+    case = make_case(layout_of((20, 40), (16, 16)), q_heads=1, head_dim=16, spread=spread)
     got = check_against_oracle(case, attention)
     assert all(x.isfinite().all() for name, x in got.items() if name != "lse")
 
@@ -296,14 +304,13 @@ def test_strides_and_empty_batches():
     out.sum().backward()
 
 
-@pytest.mark.parametrize("block_size", [(16, 16), (48, 24), (7, 5)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("block_size", [(16, 16), (48, 24)], ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_gradients_in_any_order(block_size, spread, monkeypatch):
     """``deterministic=False``: one pass; keys beyond the end of a short block add nothing, whatever the LSE."""
     monkeypatch.setattr(launch, "rows_launch", None)
-    length = (20, 23) if block_size[0] == 7 else (40, 53)
     arguments = {"dropout_p": 0.2, "dropout_seed": 4} if spread == 1 else {"causal": True}
-    case = make_case(layout_of(length, block_size), head_dim=16, spread=spread, dtype=torch.float32, **arguments)
+    case = make_case(layout_of((40, 53), block_size), head_dim=16, spread=spread, dtype=torch.float32, **arguments)
     check_against_oracle(case, partial(attention, deterministic=False))
 
 

@@ -150,7 +150,6 @@ def dropout_keep(like, seed, batch, head, q_position, k_position, threshold):
         q_position, k_position: absolute.
         threshold: ⌊p · 2³²⌋ as the int32 with the same bits.
     """
-    zero = (like * 0).to(tl.int32)
-    zero = tl.zeros_like(zero)
+    zero = tl.zeros_like(like).to(tl.int32)
     word, _, _, _ = tl.philox(seed, zero + batch, zero + head, zero + q_position, zero + k_position)
     return word >= threshold.to(tl.uint32, bitcast=True)
