@@ -98,10 +98,10 @@ class Operand {
   };
   Operand(const bsa_call& call, const bsa_tensor& tensor, long n, Form form)
       : c_(call), t_(tensor), n_(n), paired_(form == Paired && V::PAIR == 2) {
-    // Rows that lie far apart share few cache sets, so f32 rows are packed too unless each is read only a few times.
+    // Rows that lie far apart share few cache sets, so they are packed even in the right form unless each is read only a few times.
+    const bool fits = V::TILES ? n % 32 == 0 : V::PAIR == 2 ? n % 2 == 0 : c_.dtype == BSA_F32;
     const bool near = t_.token == n || Layout(c_).queries_per_key() < 256;
-    const bool in_place = V::TILES ? !paired_ && n % 32 == 0 && near : V::PAIR == 2 ? !paired_ && n % 2 == 0 : c_.dtype == BSA_F32 && near;
-    packed_ = !in_place;
+    packed_ = paired_ || !fits || !near;
     if (V::TILES)
       ld_ = paired_ ? round_up(n, 16) * 16 : round_up(units<V>(n), 16);
     else
