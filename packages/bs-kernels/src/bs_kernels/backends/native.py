@@ -68,7 +68,11 @@ class NativeBackend:
         if needs.attn_bias and call.attn_bias is not None:
             dattn = torch.zeros(call.attn_bias.shape, dtype=torch.float32)
         if needs.block_bias and call.block_bias is not None:
-            dbias = torch.zeros((call.q.shape[0], call.q.shape[2], call.block_bias.shape[-1]), dtype=torch.float32)
+            # Where every batch element and head has slots of its own, they share one buffer: B · Hq times less memory.
+            alone = (call.plan.batch, call.plan.heads) == (call.q.shape[0], call.q.shape[2])
+            alone = alone and call.block_bias.shape[:2] == (1, 1)
+            owners = (1, 1) if alone else (call.q.shape[0], call.q.shape[2])
+            dbias = torch.zeros((*owners, call.block_bias.shape[-1]), dtype=torch.float32)
         if dq.numel() + dk.numel() + dv.numel():
             core, args, keep = _arguments(call, grad_dtype)
             args.dout = _tensor(dout.to(call.q.dtype), keep)
@@ -76,6 +80,8 @@ class NativeBackend:
             args.lse, args.delta = _keep(lse, keep), _keep(delta, keep)
             if dbias is not None:
                 args.dblock_bias = dbias.data_ptr()
+                if dbias.shape[:2] == (1, 1):
+                    args.bias_entries = 0  # the distance between two owners
             if dattn is not None:
                 args.dattn_bias = dattn.data_ptr()
                 strides = _broadcast_strides(dattn)
