@@ -139,16 +139,16 @@ def only(backend: str, what: str) -> Iterator[None]:
 def take_turns(
     contestants: dict[str, Callable[[], Any]], rounds: int, backend: str, against: str
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds and ratios to one contestant, round by round; two rounds warm up."""
+    """Milliseconds and ratios to one contestant, round by round; one round warms up."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for at in range(rounds + 2):
+    for at in range(rounds + 1):
         for name, run in contestants.items():
             if name == "dense":
                 seconds = _timed(run)
             else:
                 with only(backend, name):
                     seconds = _timed(run)
-            if at > 1:
+            if at:
                 times[name].append(seconds * 1e3)
     found = {}
     for name, values in times.items():
@@ -352,7 +352,7 @@ def section_equal(options: argparse.Namespace, backend: str) -> list[dict[str, A
                 "base": runners("base", base, tokens, options.device),
                 name: runners("base", preset, tokens, options.device),
             }
-            rounds = options.rounds or 7
+            rounds = options.rounds or (7 if tokens <= 16_384 else 3)
             found = {
                 phase: take_turns({who: run[phase] for who, run in runs.items()}, rounds, backend, "base")
                 for phase in ("forward", "both")
