@@ -213,6 +213,10 @@ def test_bad_calls():
         DilatedAttention().prepare(8)
 
 
-def test_a_ring_does_not_take_it_for_its_layout():
-    with pytest.raises(ValueError, match="attention: expected a variant that is its layout, got DilatedAttention"):
-        create_block_sparse_attention("distributed", attention=DilatedAttention())
+def test_a_ring_takes_it():
+    ring = create_block_sparse_attention(
+        "distributed", attention="dilated", segment_lengths=[16], dilation_rates=[2], combine="union"
+    )
+    assert isinstance(ring.attention, DilatedAttention)
+    q = torch.randn(1, 40, 2, 8)
+    assert torch.equal(ring(q, q, q), ring.attention(q, q, q))

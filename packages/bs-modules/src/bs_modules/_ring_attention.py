@@ -17,7 +17,7 @@ from bs_kernels import attention_delta, partial_backward, partial_forward
 
 from ._ring_session import OpenRing, RingSession
 
-_NEG_INF = float("-inf")
+NEG_INF = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ class RingCall:
     def part(self, arrival: Arrival, bias: Tensor | None) -> tuple[Any, dict[str, Any]]:
         """(kernel plan, keyword arguments) of the partial kernels for an arrival; ``bias`` covers all N keys."""
         plan = self.open_ring.kernel_plan(arrival, self.order)
+        arguments = self.arguments(arrival)
+        if bias is not None:
+            one_for_all = bias.shape[-1] == 1
+            arguments["attn_bias"] = bias if one_for_all else bias[..., self.open_ring.columns(arrival)]
+        return plan, arguments
+
+    def arguments(self, arrival: Arrival) -> dict[str, Any]:
+        """Keyword arguments of any attention over an arrival, but for a bias."""
         arguments: dict[str, Any] = {"deterministic": self.deterministic, "backend": self.backend}
         if self.scale is not None:
             arguments["scale"] = self.scale
@@ -68,10 +76,7 @@ class RingCall:
             arguments["key_padding_mask"] = self.key_padding[:, self.open_ring.columns(arrival)]
         if self.q_segments is not None and self.kv_segments is not None:
             arguments["segment_ids"] = (self.q_segments, self.kv_segments[:, self.open_ring.columns(arrival)])
-        if bias is not None:
-            one_for_all = bias.shape[-1] == 1
-            arguments["attn_bias"] = bias if one_for_all else bias[..., self.open_ring.columns(arrival)]
-        return plan, arguments
+        return arguments
 
 
 class RingAttention(torch.autograd.Function):
@@ -84,16 +89,16 @@ class RingAttention(torch.autograd.Function):
 
         def merge(arrival: Arrival) -> None:
             plan, arguments = call.part(arrival, bias)
-            _merge(merged, *partial_forward(q, arrival.k, arrival.v, plan, **arguments))
+            add_part(merged, *partial_forward(q, arrival.k, arrival.v, plan, **arguments))
 
         keep = call.keep_kv and any(ctx.needs_input_grad)
-        with _reported(call):
+        with reported(call):
             ctx.kept = call.ring().forward(k, v, merge, keep=keep)
         if not merged:
             wide = torch.promote_types(q.dtype, torch.float32)
             merged = [
                 q.new_zeros((*q.shape[:3], v.shape[3]), dtype=wide),
-                q.new_full((q.shape[0], q.shape[2], q.shape[1]), _NEG_INF, dtype=wide),
+                q.new_full((q.shape[0], q.shape[2], q.shape[1]), NEG_INF, dtype=wide),
             ]
         out, lse = merged[0].to(q.dtype), merged[1]
         ctx.save_for_backward(q, k, v, bias, out, lse)
@@ -126,13 +131,13 @@ class RingAttention(torch.autograd.Function):
                     dbias.index_add_(-1, call.open_ring.columns(arrival), got.attn_bias.to(dbias.dtype))
             return got.k, got.v
 
-        with _reported(call):
+        with reported(call):
             dk, dv = call.ring().backward(k, v, differentiate, kept=ctx.kept)
         grad_bias = None if dbias is None or bias is None else dbias.to(bias.dtype)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), grad_bias, None
 
 
-class _reported:
+class reported:
     """Tell the group of a failure, so that nobody waits for this rank in the next call."""
 
     def __init__(self, call: RingCall) -> None:
@@ -149,7 +154,7 @@ class _reported:
             self._session.failed(RingPeerError(self._session.rank, 0, 0, "forward", mine))
 
 
-def _merge(merged: list[Tensor], out: Tensor, lse: Tensor) -> None:
+def add_part(merged: list[Tensor], out: Tensor, lse: Tensor) -> None:
     """Add a part to the running result, in place: ``l = logaddexp(l₁, l₂)``, ``o = Σ exp(l_i − l) o_i``."""
     if not merged:
         merged[:] = [out, lse]
@@ -157,7 +162,7 @@ def _merge(merged: list[Tensor], out: Tensor, lse: Tensor) -> None:
     so_far, so_far_lse = merged
     total = torch.logaddexp(so_far_lse, lse)
     # −inf − (−inf) is NaN, and a weight of nothing is 0.
-    finite = total.masked_fill(total == _NEG_INF, 0)
+    finite = total.masked_fill(total == NEG_INF, 0)
     so_far.mul_((so_far_lse - finite).exp_().transpose(1, 2)[..., None])
     so_far.addcmul_(out, (lse - finite).exp_().transpose(1, 2)[..., None])
     merged[1] = total

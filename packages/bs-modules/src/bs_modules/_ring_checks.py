@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .attention import BlockSparseAttention
-from .dilated import DilatedAttention
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -23,11 +22,6 @@ def check_attention(attention: Any, given: Mapping[str, Any], defaults: Mapping[
         raise TypeError(f"attention: expected a BlockSparseAttention, got {type(attention).__name__}")
     if hasattr(attention, "distributed_config"):
         raise ValueError("attention: expected one that does not communicate itself, got a distributed one")
-    if isinstance(attention, DilatedAttention):
-        raise ValueError(
-            "attention: expected a variant that is its layout, got DilatedAttention, which weighs keys by branches; "
-            "bs_kernels.dilated_attention takes shards with their positions"
-        )
     for name, value in given.items():
         if value != defaults.get(name):
             raise ValueError(f"{name}: has no effect beside attention=; give it to that module")

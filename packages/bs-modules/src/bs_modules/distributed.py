@@ -5,7 +5,6 @@ Shape legend: B batch, S own query tokens, T own key tokens, N key tokens of the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,14 +19,15 @@ from bs_comm import regroup as _regroup
 from bs_patterns import BlockLayout
 
 from ._checks import check_flag, check_int
-from ._head_exchange import ToHeads, ToTokens
-from ._ring_attention import RingAttention, RingCall
-from ._ring_checks import check_attention, check_shards, check_tokens, four_dims, nothing
-from ._ring_operands import Operands, share_of_heads
+from ._ring_checks import check_attention, check_shards, check_tokens
+from ._ring_dilated import segment_blocks
+from ._ring_forward import as_computed, check_spreads, over_heads, over_ring
+from ._ring_groups import groups_of, rank_of
+from ._ring_operands import Operands
 from ._ring_placement import Placements
-from ._ring_session import open_sessions, session_of
+from ._ring_session import open_sessions
 from .adaptive import BlockSparseAdaptive
-from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention, _half_dtype
+from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import SparsePatternConfig
 from .dilated import DilatedAttention
 from .distributed_config import DistributedSparseConfig
@@ -185,16 +185,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
 
     @group.setter
     def group(self, group: Any) -> None:
-        if group is not None and not isinstance(group, dist.ProcessGroup):
-            if not hasattr(group, "get_group"):
-                raise TypeError(f"group: expected a process group or a DeviceMesh, got {type(group).__name__}")
-            if group.ndim > 2:
-                raise ValueError(f"group: expected a DeviceMesh of one or two dimensions, got {group}")
-            if group.ndim == 2:
-                self._group, self._head_group = group.get_group(0), group.get_group(1)
-                return
-            group = group.get_group()
-        self._group, self._head_group = group, None
+        self._group, self._head_group = groups_of(group)
 
     @property
     def world_size(self) -> int:
@@ -212,23 +203,11 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
 
     def _heads(self) -> tuple[int, int]:
         """(rank, ranks) in the group that shares heads."""
-        if self._head_group is None:
-            return 0, 1
-        return dist.get_rank(self._head_group), dist.get_world_size(self._head_group)
+        return (0, 1) if self._head_group is None else rank_of(self._head_group)
 
     def _ring(self) -> tuple[int, int]:
-        if self._group is None and not (dist.is_available() and dist.is_initialized()):
-            expected = os.environ.get("WORLD_SIZE", "1")
-            if expected.isdecimal() and int(expected) > 1:
-                raise RuntimeError(
-                    f"group: expected a process group, because WORLD_SIZE is {expected}, but torch.distributed is not "
-                    "initialized; call torch.distributed.init_process_group before the first call"
-                )
-            return 0, 1
-        rank = dist.get_rank(self._group)
-        if rank < 0:
-            raise ValueError("group: expected one that this process is a member of, got another")
-        return rank, dist.get_world_size(self._group)
+        """(rank, ranks) in the ring."""
+        return rank_of(self._group)
 
     def regroup(self, error: RingPeerError, *, patience: float = 10.0) -> Survivors:
         """After a failed call: go on with the ranks that are left; collective among them.
@@ -329,6 +308,8 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
 
     def _known_layout(self, seq_len: int, is_causal: bool, num_heads: int | None) -> BlockLayout:
         """The layout that a placement is made for; the same as in `forward`, or an error."""
+        if isinstance(self.attention, DilatedAttention):
+            return segment_blocks(seq_len, self.attention.segment_lengths or (), is_causal)
         layout = self.layout(seq_len, is_causal, num_heads)
         if self.distributed_config.placement == "cost_balanced" and layout.heads == 1:
             known = num_heads or self.num_heads
@@ -376,7 +357,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             ValueError: As `BlockSparseAttention.forward`, or shards that are not those of the placement.
         """
         if self.world_size > 1:
-            self._check_spreads()
+            check_spreads(self)
         else:
             self._last_call = (q.shape[1], bool(is_causal)) if isinstance(q, Tensor) and q.ndim == 4 else None
             return self.attention(
@@ -385,7 +366,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             )  # fmt: skip
         self.attention._check_inputs(q, k, v)
         given_dtype = q.dtype
-        q, k, v = self._as_computed(q, k, v)
+        q, k, v = as_computed(self, q, k, v)
         check_shards(q, k, v)
         segments = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
         check_tokens("key_padding_mask", key_padding_mask, k, (torch.bool,))
@@ -394,90 +375,12 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         call = {"is_causal": bool(is_causal), "dropout": self.dropout if self.training else 0.0}
         operands = Operands(q, k, v, key_padding_mask, segments[0], segments[1], attn_bias)
         if self._heads()[1] == 1:
-            out, lse = self._over_ring(operands, **call)
+            out, lse = over_ring(self, operands, **call)
         else:
-            out, lse = self._over_heads(operands, **call)
+            out, lse = over_heads(self, operands, **call)
         # Autocast returns what it computes in; mixed precision what it was given.
         out = out.to(given_dtype) if self.mixed_precision else out
         return (out, lse) if return_lse else out
-
-    def _check_spreads(self) -> None:
-        """Refuses an attention that is more than one softmax over a layout of blocks."""
-        if isinstance(self.attention, BlockSparseAdaptive):
-            raise ValueError(
-                "attention: expected one whose layout is known without the input, because no rank has the whole "
-                "sequence, got a BlockSparseAdaptive; use its freeze(samples), or update_pattern"
-            )
-        if isinstance(self.attention, DilatedAttention):
-            raise ValueError(
-                "attention: expected one with a layout of blocks over several ranks, got a DilatedAttention; segments "
-                "at block granularity are segment_lengths and dilation_rates of the base attention"
-            )
-
-    def _over_ring(
-        self, x: Operands, is_causal: bool, dropout: float, heads: tuple[int, int] = (0, 1)
-    ) -> tuple[Tensor, Tensor]:
-        """(out, lse) of this ring rank's tokens; the heads are the first of the pair among as many equal shares."""
-        config = self.distributed_config
-        session = session_of(dist.group.WORLD if self._group is None else self._group, config.hop_timeout, x.q.device)
-        found = session.agree(*x.words(is_causal, dropout))
-        lengths = np.stack((found["query tokens"], found["key tokens"]))
-        if x.q.shape[0] == 0 or lengths.sum(1).min() == 0:
-            return nothing(x.q, x.k, x.v)
-        totals = int(lengths[0].sum()), int(lengths[1].sum())
-        self._last_call = (totals[0], is_causal)
-        layout = share_of_heads(self.layout(totals, is_causal, x.q.shape[2] * heads[1]), *heads)
-        places = self._placements.of(config.placement, layout, session.world_size, lengths)
-        plan = self._last_plan = session.plan(layout, places, x.k.shape[2])
-        call = RingCall(
-            session=session,
-            open_ring=session.ring(
-                plan, x.q.shape[0], (x.k.shape[3], x.v.shape[3]), x.k.dtype, x.k.device, config.wire_dtype,
-                self.use_memory_pool,
-            ),
-            key_padding=None if x.key_padding is None else session.whole(x.key_padding, places[1]),
-            q_segments=x.q_segments,
-            kv_segments=None if x.kv_segments is None else session.whole(x.kv_segments, places[1]),
-            scale=self.scale,
-            dropout_p=dropout,
-            dropout_seed=int(found["dropout seed"][0]) if dropout else None,
-            order=self.order,
-            deterministic=self.deterministic,
-            backend=self.backend,
-            keep_kv=config.keep_kv,
-        )  # fmt: skip
-        return RingAttention.apply(x.q, x.k, x.v, four_dims(x.bias, x.q, totals[1]), call)  # pyright: ignore[reportReturnType]
-
-    def _over_heads(self, x: Operands, is_causal: bool, dropout: float) -> tuple[Tensor, Tensor]:
-        """The same where ranks share heads: tokens for heads, the ring, and back."""
-        rank, ranks = self._heads()
-        for name, given in (("attn_bias", x.bias is not None), ("dropout", dropout > 0)):
-            if given:
-                raise ValueError(f"{name}: not supported over a two-dimensional mesh, whose ranks see some heads only")
-        for name, heads in (("q", x.q.shape[2]), ("k", x.k.shape[2])):
-            if heads % ranks:
-                raise ValueError(f"{name}: expected a multiple of {ranks} heads, shared by {ranks} ranks, got {heads}")
-        session = session_of(self._head_group, self.distributed_config.hop_timeout, x.q.device)
-        found = session.agree(*x.words(is_causal, dropout))
-        queries, keys = found["query tokens"].tolist(), found["key tokens"].tolist()
-        if x.q.shape[0] == 0:
-            return nothing(x.q, x.k, x.v)
-        roll_call = session.roll_call
-
-        def together(tokens: Tensor | None, lengths: list[int]) -> Tensor | None:
-            if tokens is None:
-                return None
-            return torch.cat(roll_call.tensors(tokens.transpose(0, 1), lengths)).transpose(0, 1)
-
-        gathered = Operands(
-            ToHeads.apply(x.q, roll_call, queries), ToHeads.apply(x.k, roll_call, keys),
-            ToHeads.apply(x.v, roll_call, keys), together(x.key_padding, keys), together(x.q_segments, queries),
-            together(x.kv_segments, keys), None,
-        )  # fmt: skip
-        out, lse = self._over_ring(gathered, is_causal, dropout, heads=(rank, ranks))
-        out = ToTokens.apply(out, roll_call, queries)
-        lse = ToTokens.apply(lse.transpose(1, 2)[..., None], roll_call, queries)
-        return out, lse[..., 0].transpose(1, 2)  # pyright: ignore[reportReturnType, reportIndexIssue, reportOptionalSubscript]
 
     def explain(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **masks: Any) -> Explanation:
         """What the attention inside would do with whole sequences; see `BlockSparseAttention.explain`.
@@ -492,18 +395,6 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             **masks: See there.
         """
         return self.attention.explain(q, k, v, is_causal, **masks)
-
-    def _as_computed(self, *tensors: Tensor) -> list[Tensor]:
-        """In the dtype of the arithmetic: autocast's, or half under `mixed_precision`."""
-        kind = tensors[0].device.type
-        dtype = None
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        if self.mixed_precision:
-            dtype = _half_dtype(tensors[0].device)
-        if dtype is None or tensors[0].dtype == torch.float64:
-            return list(tensors)
-        return [x.to(dtype) for x in tensors]
 
     # -- what the attention inside tells -----------------------------------------------------------------------------
 
@@ -603,12 +494,6 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
 
     def _layout_or_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> Any:
         return self.attention._layout_or_plan(q, k, is_causal)
-
-    def _make_layout(self, seq_len: tuple[int, int], is_causal: bool, num_heads: int) -> BlockLayout:
-        return self.attention._make_layout(seq_len, is_causal, num_heads)
-
-    def _fingerprint(self) -> tuple[Any, ...]:
-        return self.attention._fingerprint()
 
 
 def _cut(x: Tensor, rank: int, ranks: int, *, dim: int) -> Tensor:

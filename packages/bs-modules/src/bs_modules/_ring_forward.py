@@ -1,0 +1,132 @@
+"""One forward of a distributed module: agree, plan, run the ring; where heads are shared, trade tokens for heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._head_exchange import ToHeads, ToTokens
+from ._ring_attention import RingAttention, RingCall
+from ._ring_checks import four_dims, nothing
+from ._ring_dilated import DilatedCall, DilatedRing, common_block, segment_blocks
+from ._ring_operands import Operands, share_of_heads
+from ._ring_session import session_of
+from .adaptive import BlockSparseAdaptive
+from .attention import _half_dtype
+from .dilated import DilatedAttention
+
+
+def check_spreads(module: Any) -> None:
+    """Refuses an attention that is more than one softmax over a layout of blocks."""
+    if isinstance(module.attention, BlockSparseAdaptive):
+        raise ValueError(
+            "attention: expected one whose layout is known without the input, because no rank has the whole "
+            "sequence, got a BlockSparseAdaptive; use its freeze(samples), or update_pattern"
+        )
+    if isinstance(module.attention, DilatedAttention):
+        if module.distributed_config.placement != "contiguous":
+            raise ValueError(
+                f"placement: expected 'contiguous' for a DilatedAttention, got {module.distributed_config.placement!r}"
+            )
+        if module.sparse_config is not None:
+            raise ValueError(
+                "sparse_config: expected None for a DilatedAttention over several ranks, whose shards cut segments; "
+                "sparse segments are segment_lengths and dilation_rates of the base attention"
+            )
+        if module._heads()[1] > 1:
+            raise ValueError("group: expected one dimension for a DilatedAttention, whose heads differ by number")
+
+
+def over_ring(
+    module: Any, x: Operands, is_causal: bool, dropout: float, heads: tuple[int, int] = (0, 1)
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of this ring rank's tokens; the heads are the first of the pair among as many equal shares."""
+    config = module.distributed_config
+    session = session_of(dist.group.WORLD if module._group is None else module._group, config.hop_timeout, x.q.device)
+    found = session.agree(*x.words(is_causal, dropout))
+    lengths = np.stack((found["query tokens"], found["key tokens"]))
+    if x.q.shape[0] == 0 or lengths.sum(1).min() == 0:
+        return nothing(x.q, x.k, x.v)
+    totals = int(lengths[0].sum()), int(lengths[1].sum())
+    module._last_call = (totals[0], is_causal)
+    dilated = module.attention if isinstance(module.attention, DilatedAttention) else None
+    if dilated is None:
+        layout = share_of_heads(module.layout(totals, is_causal, x.q.shape[2] * heads[1]), *heads)
+    elif (lengths[0] != lengths[1]).any():
+        raise ValueError(f"k: expected the tokens of q for a DilatedAttention, got shards of {lengths.tolist()}")
+    else:
+        block = common_block(lengths[0].tolist())
+        layout = segment_blocks(totals[0], dilated.segment_lengths or (), is_causal, block)
+    places = module._placements.of(config.placement, layout, session.world_size, lengths)
+    plan = module._last_plan = session.plan(layout, places, x.k.shape[2])
+    call = RingCall(
+        session=session,
+        open_ring=session.ring(
+            plan, x.q.shape[0], (x.k.shape[3], x.v.shape[3]), x.k.dtype, x.k.device, config.wire_dtype,
+            module.use_memory_pool,
+        ),
+        key_padding=None if x.key_padding is None else session.whole(x.key_padding, places[1]),
+        q_segments=x.q_segments,
+        kv_segments=None if x.kv_segments is None else session.whole(x.kv_segments, places[1]),
+        scale=module.scale,
+        dropout_p=dropout,
+        dropout_seed=int(found["dropout seed"][0]) if dropout else None,
+        order=module.order,
+        deterministic=module.deterministic,
+        backend=module.backend,
+        keep_kv=config.keep_kv,
+    )  # fmt: skip
+    bias = four_dims(x.bias, x.q, totals[1])
+    if dilated is None:
+        return RingAttention.apply(x.q, x.k, x.v, bias, call)  # pyright: ignore[reportReturnType]
+    start = int(lengths[0][: session.rank].sum())
+    dilated_call = DilatedCall(call, dilated, is_causal, start)
+    return DilatedRing.apply(x.q, x.k, x.v, bias, dilated_call)  # pyright: ignore[reportReturnType]
+
+
+def over_heads(module: Any, x: Operands, is_causal: bool, dropout: float) -> tuple[Tensor, Tensor]:
+    """The same where ranks share heads: tokens for heads, the ring, and back."""
+    rank, ranks = module._heads()
+    for name, given in (("attn_bias", x.bias is not None), ("dropout", dropout > 0)):
+        if given:
+            raise ValueError(f"{name}: not supported over a two-dimensional mesh, whose ranks see some heads only")
+    for name, heads in (("q", x.q.shape[2]), ("k", x.k.shape[2])):
+        if heads % ranks:
+            raise ValueError(f"{name}: expected a multiple of {ranks} heads, shared by {ranks} ranks, got {heads}")
+    session = session_of(module._head_group, module.distributed_config.hop_timeout, x.q.device)
+    found = session.agree(*x.words(is_causal, dropout))
+    queries, keys = found["query tokens"].tolist(), found["key tokens"].tolist()
+    if x.q.shape[0] == 0:
+        return nothing(x.q, x.k, x.v)
+    roll_call = session.roll_call
+
+    def together(tokens: Tensor | None, lengths: list[int]) -> Tensor | None:
+        if tokens is None:
+            return None
+        return torch.cat(roll_call.tensors(tokens.transpose(0, 1), lengths)).transpose(0, 1)
+
+    gathered = Operands(
+        ToHeads.apply(x.q, roll_call, queries), ToHeads.apply(x.k, roll_call, keys),
+        ToHeads.apply(x.v, roll_call, keys), together(x.key_padding, keys), together(x.q_segments, queries),
+        together(x.kv_segments, keys), None,
+    )  # fmt: skip
+    out, lse = over_ring(module, gathered, is_causal, dropout, heads=(rank, ranks))
+    out = ToTokens.apply(out, roll_call, queries)
+    lse = ToTokens.apply(lse.transpose(1, 2)[..., None], roll_call, queries)
+    return out, lse[..., 0].transpose(1, 2)  # pyright: ignore[reportReturnType, reportIndexIssue, reportOptionalSubscript]
+
+
+def as_computed(module: Any, *tensors: Tensor) -> list[Tensor]:
+    """In the dtype of the arithmetic: autocast's, or half under `mixed_precision`."""
+    kind = tensors[0].device.type
+    dtype = None
+    wide = tensors[0].dtype == torch.float64  # autocast leaves it as it is
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and not wide:
+        dtype = torch.get_autocast_dtype(kind)
+    if module.mixed_precision:
+        dtype = _half_dtype(tensors[0].device)
+    return list(tensors) if dtype is None else [x.to(dtype) for x in tensors]
