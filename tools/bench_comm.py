@@ -1,12 +1,13 @@
 """Measures bs-comm between real gloo processes on one machine; writes JSON and tables.
 
-    python tools/bench_comm.py                      # everything
+    python tools/bench_comm.py                      # everything, some five minutes
     python tools/bench_comm.py --only bytes links   # some of it
 
 `bytes` counts at the transport and does not depend on the machine's load. `links` delays messages as a link of a given
 speed would and sleeps where a kernel would compute, so that overlap is measured without needing a core per rank; the
-planner's prediction stands beside it. `packing` lets one packed message and two separate ones take turns. `plans` times
-the planner itself.
+planner's prediction stands beside it, as does its scaling curve for 1 to 8 processes. `module` times a training step of
+the distributed module on real kernels and holds the bytes it sends against its plan. `packing` lets one packed message
+and two separate ones take turns. `plans` times the planner itself.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from bs_patterns import BlockLayout, DilatedSparse, GlobalLocal, Hierarchical, L
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 HEADS, DIM, BLOCK = 4, 32, 64
+WORLDS, ROUNDS = (1, 2, 4, 8), 3
 LAYOUTS: dict[str, tuple[Pattern, dict[str, Any]]] = {
     "local window 1,024": (LocalWindow(1024), {}),
     "global 64 + window 512": (GlobalLocal(64, 512), {}),
@@ -58,7 +60,7 @@ def measure_bytes(pool: RankPool) -> list[dict[str, Any]]:
     for name in LAYOUTS:
         for placement in ("contiguous", "zigzag", "cost_balanced"):
             plan = ExchangePlan.build(layout_of(name, 16_384), 4, placement, HEADS)
-            counted = pool.run(sent, plan)
+            counted = pool.run(sent, plan, world_size=4)
             traffic = plan.traffic(DIM, kv_itemsize=4)
             forward, backward = (sum(row[i] for row in counted) for i in (0, 1))
             rows.append(
@@ -108,33 +110,107 @@ def over_links(
 
 
 def measure_links(pool: RankPool) -> list[dict[str, Any]]:
+    """Overlap, and the planner's scaling curve beside that of real processes, forward and backward together."""
     rows = []
     layout = layout_of("dilated 1, 2, 4, 8 at density 0.1", 16_384)
-    for world in (1, 2, 3, 4):
-        plan = ExchangePlan.build(layout, world, "zigzag", HEADS)
-        # One rank alone takes 0.8 s forward; a link so fast that it hides, one that cannot, one between.
-        flops = plan.work.sum() * HEADS * 4 * DIM / 0.8
+    plans = {world: ExchangePlan.build(layout, world, "zigzag", HEADS) for world in WORLDS}
+    # One rank alone takes 0.8 s forward; a link so fast that it hides, one that cannot, one between.
+    flops = float(plans[1].work.sum() * HEADS * 4 * DIM / 0.8)
+    alone: dict[float, tuple[float, float]] = {}
+    times: list[Any] = []
+    for world, plan in plans.items():
         for bandwidth in (800e6, 100e6, 25e6):
-            model = CostModel(bandwidth=bandwidth, latency=1e-3, flops=float(flops))
-            times = pool.run(over_links, plan, model, 3, world_size=world)
+            model = CostModel(bandwidth=bandwidth, latency=1e-3, flops=flops)
+            if world > 1 or not times:  # one rank needs no link
+                times = pool.run(over_links, plan, model, ROUNDS, world_size=world)
             planned = step_time(plan, model, DIM, kv_itemsize=4)
+            # The slowest rank of a round ends it; the best round has the least of the machine's noise.
+            best = [min(max(rank[i][n] for rank in times) for n in range(ROUNDS)) for i in (0, 1)]
+            totals = (sum(best), planned.seconds)
+            alone.setdefault(bandwidth, totals)
             for i, phase in enumerate(planned.phases):
-                # The slowest rank of a round ends it; the best round has the least of the machine's noise.
-                best = min(max(rank[i][n] for rank in times) for n in range(3))
-                hidden = 1 - (best - phase.compute_seconds) / phase.transfer_seconds if phase.transfer_seconds else 1.0
+                hidden = 1 - (best[i] - phase.compute_seconds) / phase.transfer_seconds if phase.transfer_seconds else 1
                 rows.append(
                     {
                         "ranks": world,
                         "bandwidth": bandwidth,
                         "pass": ("forward", "backward")[i],
-                        "seconds": best,
+                        "seconds": best[i],
                         "planned_seconds": phase.seconds,
                         "compute_seconds": phase.compute_seconds,
                         "transfer_seconds": phase.transfer_seconds,
                         "hidden": max(0.0, min(1.0, hidden)),
                         "planned_hidden": phase.hidden_share,
+                        "speedup_of_both": alone[bandwidth][0] / totals[0],
+                        "planned_speedup": alone[bandwidth][1] / totals[1],
                     }
                 )
+    return rows
+
+
+# ---------------------------------------------------------------------- module
+
+
+def with_module(rank: int, world: int, placement: str, keep_kv: bool, rounds: int) -> dict[str, Any]:
+    """Best seconds of a training step of the module, the bytes of one, and the backend that ran."""
+    from bs_kernels.backends.native import NativeBackend
+    from bs_modules import BlockSparseRingDistributedDilatedAttention
+
+    module = BlockSparseRingDistributedDilatedAttention(
+        sparse_config={"pattern_type": "dilated_sparse", "sparsity_ratio": 0.1},
+        distributed_config={"placement": placement, "keep_kv": keep_kv},
+        backend="native",
+    )
+    ran = 0
+    real = NativeBackend.forward
+
+    def counted(self: Any, *arguments: Any, **more: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        return real(self, *arguments, **more)
+
+    g = torch.Generator().manual_seed(0)
+    whole = [torch.randn(1, 8192, heads, 64, generator=g) for heads in (HEADS, HEADS // 2, HEADS // 2)]
+    shards = [module.shard(x, True).clone().requires_grad_() for x in whole]
+    best, sent, before = float("inf"), 0, 0
+    NativeBackend.forward = counted
+    try:
+        for _ in range(rounds):
+            if world > 1:
+                dist.barrier()
+            started = time.perf_counter()
+            module(*shards, is_causal=True).sum().backward()
+            best = min(best, time.perf_counter() - started)
+            total = sum(int(x.sum()) for x in module.sent_bytes().values())
+            sent, before = total - before, total
+    finally:
+        NativeBackend.forward = real
+    if ran < rounds:
+        raise RuntimeError("backend: expected the native one to run")
+    plan = module.exchange_plan(8192, True, kv_heads=HEADS // 2)
+    traffic = plan.traffic(64, kv_itemsize=4)
+    planned = int(traffic.forward[rank].sum()) * (1 if keep_kv else 2) + int(traffic.backward[rank].sum())
+    return {"seconds": best, "sent": sent, "planned": planned, "share": plan.rows.sum() / max(plan.dense_rows, 1)}
+
+
+def measure_module(pool: RankPool) -> list[dict[str, Any]]:
+    """The module on real kernels; more ranks than cores share them, so seconds are told for as many as fit."""
+    rows = []
+    for world, placement in ((1, "contiguous"), (2, "contiguous"), (2, "zigzag"), (4, "zigzag")):
+        for keep_kv in (False, True)[: 1 + (world > 1)]:
+            got = pool.run(with_module, placement, keep_kv, ROUNDS, world_size=world)
+            fits = world <= (os.cpu_count() or 1)
+            rows.append(
+                {
+                    "ranks": world,
+                    "placement": placement,
+                    "keep_kv": keep_kv,
+                    "seconds": max(row["seconds"] for row in got) if fits else "more ranks than cores",
+                    "sent_bytes": sum(row["sent"] for row in got),
+                    "planned_bytes": sum(row["planned"] for row in got),
+                    "share_of_dense_ring": float(got[0]["share"]),
+                }
+            )
     return rows
 
 
@@ -198,6 +274,10 @@ def measure_plans(pool: RankPool) -> list[dict[str, Any]]:
 PARTS: dict[str, tuple[str, Callable[[RankPool], list[dict[str, Any]]]]] = {
     "bytes": ("Bytes sent by 4 ranks, 16,384 tokens, causal, float32, against a dense ring", measure_bytes),
     "links": ("Overlap over slow links, and what the planner says", measure_links),
+    "module": (
+        "A training step of the distributed module, 8,192 tokens, 1 thread per rank, native kernels",
+        measure_module,
+    ),
     "packing": ("One packed message against separate K and V, both directions at once", measure_packing),
     "plans": ("Time to plan 1,048,576 tokens over 64 ranks", measure_plans),
 }
@@ -205,6 +285,8 @@ PARTS: dict[str, tuple[str, Callable[[RankPool], list[dict[str, Any]]]]] = {
 
 def table(rows: list[dict[str, Any]]) -> str:
     def show(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         if isinstance(value, float):
             return f"{value:.4g}" if value < 1e5 else f"{value:.3g}"
         return f"{value:,}" if isinstance(value, int) else str(value)
@@ -217,10 +299,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure bs-comm.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where comm.json and comm.md go")
     options = parser.parse_args()
-    file = FOLDER / "comm.json"
+    file = options.folder / "comm.json"
     record = json.loads(file.read_text()) if file.exists() else {}
-    with RankPool(4) as pool:
+    with RankPool(max(WORLDS)) as pool:
         for name in options.only:
             load = round(os.getloadavg()[0], 2)
             rows = PARTS[name][1](pool)
@@ -230,13 +313,13 @@ def main() -> int:
     text = [
         "# bs-comm, measured\n",
         "Made by `python tools/bench_comm.py`; the raw figures are in `comm.json`. All ranks are gloo processes on one "
-        "machine. NCCL: not yet measured.\n",
+        "machine. Not measured: NCCL, several machines, network namespaces with a limited bandwidth.\n",
     ]
     for name, (title, _) in PARTS.items():
         if name in record:
             text += [f"## {title}\n", f"{record[name]['machine']}.\n", table(record[name]["rows"]) + "\n"]
     file.write_text(json.dumps(record, indent=1) + "\n")
-    (FOLDER / "comm.md").write_text("\n".join(text))
+    (options.folder / "comm.md").write_text("\n".join(text))
     return 0
 
 
