@@ -179,6 +179,15 @@ def test_grouped_heads_and_layouts(kind, group):
     check_against_oracle(case, attention)
 
 
+@pytest.mark.parametrize("leading", [(), (1, 1), (2,), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("heads", [1, 2], ids=["shared", "per head"])
+def test_shapes_of_block_bias(heads, leading):
+    layout = layout_of((20, 33), (16, 16), heads=heads)
+    bias = torch.randn(*leading, layout.nnz, generator=torch.Generator().manual_seed(0))
+    case = make_case(layout, batch=2, q_heads=2, kv_heads=1, head_dim=16, block_bias=bias)
+    check_against_oracle(case, attention)
+
+
 def test_many_rows_are_scheduled_in_chunks(monkeypatch):
     """More lists than a chunk holds, a short last chunk, tiles and shared key heads."""
     monkeypatch.setattr(launch, "CHUNK", 3)

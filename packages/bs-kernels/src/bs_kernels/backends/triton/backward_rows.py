@@ -207,6 +207,8 @@ def rows_kernel(
     bias_key_stride,
     block_bias_batch_stride,
     block_bias_head_stride,
+    d_bias_batch_stride,
+    d_bias_head_stride,
     bias_columns,
     rows,
     slow,
@@ -249,8 +251,8 @@ def rows_kernel(
 ):
     """Gradient of TILE_M queries and, per tile of scores, the sum that belongs to ``block_bias``.
 
-    ``dq`` is contiguous [B, Sq, Hq, D]; ``d_block_bias`` [B, Hq, TILES_M, TILES_N, bias_columns], zeros where no tile
-    stores. ``scale`` includes log₂ e, ``plain_scale`` does not.
+    ``dq`` is contiguous [B, Sq, Hq, D]; ``d_block_bias`` [1 or B, 1 or Hq, TILES_M · TILES_N, bias_columns], zeros
+    where no tile stores. ``scale`` includes log₂ e, ``plain_scale`` does not.
     """
     row, outer, inner, tile = place(row_order, rows, slow, GROUP if SHARED_HEADS else 1, TILES_M, CHUNK)
     i = row % q_blocks
@@ -295,7 +297,8 @@ def rows_kernel(
     if HAS_BLOCK_BIAS:
         block_bias += wide * block_bias_batch_stride + wide_head * block_bias_head_stride
     if BIAS_GRADIENT:
-        d_block_bias += ((wide * q_heads + head) * TILES_M + tile) * TILES_N * bias_columns
+        d_block_bias += wide * d_bias_batch_stride + wide_head * d_bias_head_stride
+        d_block_bias += tile.to(tl.int64) * TILES_N * bias_columns
     if HAS_DROPOUT:
         seed = tl.load(seeds)
     else:

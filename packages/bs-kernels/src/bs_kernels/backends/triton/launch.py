@@ -6,7 +6,7 @@ A `Launch` holds everything that Triton is given, so what tests compile for othe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,25 +67,19 @@ class Launch:
             self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
 
 
-def run_forward(call: Call, out_dtype: torch.dtype, config: Config | None = None) -> tuple[Tensor, Tensor]:
-    """`Backend.forward`; ``config`` replaces the choice of the table."""
+def run_forward(call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`Backend.forward`."""
     batch, q_len, q_heads, _ = call.q.shape
     out = call.q.new_empty((batch, q_len, q_heads, call.v.shape[-1]), dtype=out_dtype)
     lse = call.q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
-    _try_each(call, "forward", config, lambda chosen: forward_launch(call, out, lse, chosen).run())
+    _try_each(call, "forward", lambda config: forward_launch(call, out, lse, config).run())
     return out, lse
 
 
 def run_backward(
-    call: Call,
-    dout: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    needs: Needs,
-    grad_dtype: torch.dtype,
-    configs: tuple[Config | None, Config | None] = (None, None),
+    call: Call, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype
 ) -> Gradients:
-    """`Backend.backward`; ``configs`` replace the choices of the table for rows and columns."""
+    """`Backend.backward`."""
     dq, dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=x.device) for x in (call.q, call.k, call.v))
     dout = dout.to(call.q.dtype)
     if not call.deterministic and not needs.block_bias:
@@ -95,36 +89,42 @@ def run_backward(
             dq = torch.zeros(call.q.shape, dtype=torch.float32, device=call.q.device)
             columns_launch(call, dout, lse, delta, dq, dk, dv, config).run()
 
-        _try_each(call, "atomic", configs[1], both)
+        _try_each(call, "atomic", both)
         return Gradients(dq.to(grad_dtype), dk, dv)
-    partial_sums: list[Tensor] = []
+    sums: list[Tensor] = []
 
     def rows(config: Config) -> None:
-        if needs.block_bias and call.block_bias is not None:
-            tiles = [
-                _tiles(block, tile) for block, tile in zip(_extent(call), (config.tile_m, config.tile_n), strict=True)
-            ]
-            shape = (call.q.shape[0], call.q.shape[2], tiles[0] * tiles[1], call.block_bias.shape[-1])
-            partial_sums[:] = [torch.zeros(shape, dtype=torch.float32, device=call.q.device)]
-        rows_launch(call, dout, lse, delta, dq, partial_sums[0] if partial_sums else None, config).run()
+        if needs.block_bias:
+            sums[:] = [_bias_sums(call, config)]
+        rows_launch(call, dout, lse, delta, dq, sums[0] if sums else None, config).run()
 
-    _try_each(call, "rows", configs[0], rows)
-    _try_each(call, "columns", configs[1], lambda c: columns_launch(call, dout, lse, delta, None, dk, dv, c).run())
-    d_bias = None
-    if partial_sums and call.block_bias is not None:
-        d_bias = partial_sums[0].sum(2).sum_to_size(call.block_bias.shape)
+    _try_each(call, "rows", rows)
+    _try_each(call, "columns", lambda config: columns_launch(call, dout, lse, delta, None, dk, dv, config).run())
+    d_bias = sums[0].sum(2).sum_to_size(call.block_bias.shape) if sums and call.block_bias is not None else None
     return Gradients(dq, dk, dv, block_bias=d_bias)
 
 
-def _try_each(call: Call, kernel: str, given: Config | None, launch: Callable[[Config], None]) -> None:
+def _bias_sums(call: Call, config: Config) -> Tensor:
+    """Zeros [1 or B, 1 or Hq, tiles per block, entries] for what every tile adds to the gradient of block_bias.
+
+    Where batch elements (or heads) have lists of their own, an entry belongs to one of them, and one row holds all.
+    """
+    bias, plan, extent = call.block_bias, call.plan, _extent(call)
+    assert bias is not None
+    tiles = _tiles(extent[0], config.tile_m) * _tiles(extent[1], config.tile_n)
+    batch = 1 if plan.batch > 1 and bias.shape[0] == 1 else call.q.shape[0]
+    heads = 1 if plan.heads > 1 and bias.shape[1] == 1 else call.q.shape[2]
+    return torch.zeros((batch, heads, tiles, bias.shape[2]), dtype=torch.float32, device=bias.device)
+
+
+def _try_each(call: Call, kernel: str, launch: Callable[[Config], None]) -> None:
     """Launch with the first configuration that the device has the resources for."""
     device = call.q.device
     target, shape = Target.of(device), _shape(call, kernel)
-    choices: Iterator[Config] = iter((given,)) if given is not None else candidates(target, shape)
     refused = _refused.setdefault((target.name, shape), set())
     last: OutOfResources | None = None
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        for config in choices:
+        for config in candidates(target, shape):
             if config in refused:
                 continue
             try:
@@ -311,7 +311,7 @@ def forward_launch(call: Call, out: Tensor, lse: Tensor, config: Config) -> Laun
 def rows_launch(
     call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, d_block_bias: Tensor | None, config: Config
 ) -> Launch:
-    """The launch that fills ``dq`` and, where given, ``d_block_bias`` [B, Hq, tiles, entries]."""
+    """The launch that fills ``dq`` and, where given, ``d_block_bias`` (see `_bias_sums`)."""
     arguments, constants, keep = _shared(call, {"q": call.q, "k": call.k, "v": call.v, "dout": dout})
     of_rows, tiles, programs = _row_arguments(call, config)
     arguments |= of_rows | {
@@ -319,6 +319,8 @@ def rows_launch(
         "delta": delta,
         "dq": dq,
         "d_block_bias": d_block_bias,
+        "d_bias_batch_stride": 0 if d_block_bias is None else _broadcast_strides(d_block_bias)[0],
+        "d_bias_head_stride": 0 if d_block_bias is None else _broadcast_strides(d_block_bias)[1],
         "bias_columns": 0 if d_block_bias is None else d_block_bias.shape[-1],
         "plain_scale": call.scale,
     }
