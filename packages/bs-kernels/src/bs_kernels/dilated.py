@@ -23,7 +23,7 @@ Source: Ding et al., "LongNet: Scaling Transformers to 1,000,000,000 Tokens", 20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -346,7 +346,9 @@ def _combine(parts: list[list[_Part]], q: Tensor, v: Tensor, *, detach: bool) ->
     lses = []
     for branch in parts:
         rows = [(part, part.lse.transpose(1, 2).unsqueeze(-1)) for part in branch]
-        lses.append(_assemble(rows, q.new_full((batch, tokens, heads, 1), _NEG_INF, dtype=dtype), _NEG_INF))
+        lses.append(
+            _assemble(rows, tokens, lambda n: q.new_full((batch, n, heads, 1), _NEG_INF, dtype=dtype), _NEG_INF)
+        )
     alone = len(parts) == 1
     weights, total = (None, lses[0]) if alone else merge_weights(torch.stack(lses))
     out = None
@@ -358,21 +360,21 @@ def _combine(parts: list[list[_Part]], q: Tensor, v: Tensor, *, detach: bool) ->
             else:
                 share = part.rows(weights[at].detach() if detach else weights[at])
                 rows.append((part, part.out * share))
-        found = _assemble(rows, q.new_zeros((batch, tokens, heads, v.shape[3]), dtype=dtype), 0.0)
+        found = _assemble(rows, tokens, lambda n: q.new_zeros((batch, n, heads, v.shape[3]), dtype=dtype), 0.0)
         out = found if out is None else out + found
     assert out is not None
     return out.to(q.dtype), total.squeeze(-1).transpose(1, 2).contiguous()
 
 
-def _assemble(rows: list[tuple[_Part, Tensor]], empty: Tensor, fill: float) -> Tensor:
-    """Put the rows of a branch's pieces where their tokens are; ``empty`` where no piece is."""
+def _assemble(rows: list[tuple[_Part, Tensor]], tokens: int, empty: Callable[[int], Tensor], fill: float) -> Tensor:
+    """Put the rows of a branch's pieces where their tokens are, and ``empty(n)`` for n tokens that no piece has."""
     spans, at = [], 0
     for part, x in rows:
         piece = part.piece
         if at < piece.q_offset:
-            spans.append(empty[:, at : piece.q_offset])
+            spans.append(empty(piece.q_offset - at))
         spans.append(part.tokens(x, fill))
         at = piece.q_offset + piece.q_tokens
-    if at < empty.shape[1] or not spans:
-        spans.append(empty[:, at:])
+    if at < tokens or not spans:
+        spans.append(empty(tokens - at))
     return spans[0] if len(spans) == 1 else torch.cat(spans, 1)
