@@ -375,7 +375,9 @@ def test_head_groups_in_one_call():
         assert layout.heads == 4
         assert_matches_dense(module(q, k, v, is_causal=causal), q, k, v, layout)
     assert module.prepare(150) is module.layout(150)
-    assert "1 × local_window + 3 × dilated_sparse" in repr(module)
+    assert "1 × local_window + 3 × dilated_sparse, density=0.2" in repr(module)
+    module.sparse_config.sparsity_ratio = None
+    assert "density=by head group" in repr(module)
     with pytest.raises(ValueError, match="head_groups: expected 2 heads in all groups"):
         module(*inputs(150, heads=2))
 

@@ -352,7 +352,8 @@ class BlockSparseAttention(nn.Module):
     def extra_repr(self) -> str:
         """Pattern, density and block size."""
         config = self.sparse_config
-        density = "from geometry" if config.density is None else f"{config.density:g}"
+        unasked = "from geometry" if getattr(config, "heads", None) is None else "by head group"
+        density = unasked if config.density is None else f"{config.density:g}"
         parts = [f"pattern={config._pattern_name()}", f"density={density}", f"block_size={config.block_size}"]
         if self.segment_lengths is not None:
             parts.append(f"segment_lengths={self.segment_lengths}, dilation_rates={self.dilation_rates}")
