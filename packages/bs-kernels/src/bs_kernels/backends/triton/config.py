@@ -107,8 +107,8 @@ _NARROW = {
     },
     "hip": {
         "forward": {64: Config(128, 64, 4, 2), 128: Config(128, 64, 8, 1), 256: Config(64, 32, 8, 1)},
-        "rows": {64: Config(64, 64, 4, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 32, 8, 1)},
-        "columns": {64: Config(64, 64, 4, 1), 128: Config(32, 64, 8, 1), 256: Config(32, 32, 8, 1)},
+        "rows": {64: Config(64, 64, 4, 1), 128: Config(64, 32, 8, 1), 256: Config(32, 16, 4, 1)},
+        "columns": {64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 32, 4, 1)},
     },
 }
 _WIDE = {  # float32
@@ -143,12 +143,10 @@ def candidates(target: Target, shape: Shape) -> Iterator[Config]:
         best = _WIDE[kernel][bucket]
     else:
         best = _NARROW[target.kind][kernel][bucket]
-    tuned = _tuned(target.name).get(shape.key)
-    config = tuned or replace(
-        best, tile_m=_fit(shape.extent[0], best.tile_m), tile_n=_fit(shape.extent[1], best.tile_n)
-    )
-    if tuned is None and config.tile_m * config.tile_n <= 32 * 64:
-        config = replace(config, warps=min(config.warps, 4))
+    fitted = replace(best, tile_m=_fit(shape.extent[0], best.tile_m), tile_n=_fit(shape.extent[1], best.tile_n))
+    if fitted != best and fitted.tile_m * fitted.tile_n <= 32 * 64:
+        fitted = replace(fitted, warps=min(fitted.warps, 4))
+    config = _tuned(target.name).get(shape.key, fitted)
     width = 4 if shape.dtype == torch.float32 else 2
     while True:
         smaller = _smaller(config)
