@@ -1,6 +1,6 @@
 """Measures bs-comm between real gloo processes on one machine; writes JSON and tables.
 
-    python tools/bench_comm.py                      # everything, some five minutes
+    python tools/bench_comm.py                      # everything, a few minutes
     python tools/bench_comm.py --only bytes links   # some of it
 
 `bytes` counts at the transport and does not depend on the machine's load. `links` delays messages as a link of a given

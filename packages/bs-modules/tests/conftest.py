@@ -1,5 +1,7 @@
 """One pool of real processes for all tests whose modules talk."""
 
+import os
+
 import pytest
 
 from bs_comm.testing import RankPool
@@ -7,5 +9,5 @@ from bs_comm.testing import RankPool
 
 @pytest.fixture(scope="session")
 def ranks():
-    with RankPool(4) as pool:
+    with RankPool(8 if os.environ.get("BS_SOAK") else 4) as pool:
         yield pool

@@ -35,7 +35,7 @@ from bs_modules import (
 from bs_modules import BlockSparseRingDistributedDilatedAttention as Distributed
 from bs_patterns import BlockLayout
 
-WORLDS = [1, 2, 3, 4]
+WORLDS = [1, 2, 3, 4] + [8] * bool(os.environ.get("BS_SOAK"))
 ARGUMENTS = ("causal", "key_padding_mask", "segment_ids", "attn_bias", "bool_bias", "dropout", "scale", "order")
 LEVELS = [{"stride": 1, "window_size": 32, "block_size": 16}, {"stride": 4, "window_size": -1, "block_size": 16}]
 CONFIG = {"pattern_type": "dilated_sparse", "sparsity_ratio": 0.4, "block_size": 16}
@@ -112,7 +112,7 @@ def gathered(case, place, kv_place, results):
 
 
 @settings(deadline=None)
-@given(st.data(), cases(arguments=ARGUMENTS), st.integers(1, 4), st.integers(0, 2**31))
+@given(st.data(), cases(arguments=ARGUMENTS), st.integers(1, WORLDS[-1]), st.integers(0, 2**31))
 def test_any_call_over_any_ring_is_the_whole_call(ranks, data, case, world, number):
     """Masks, biases, dropout, GQA, empty rows and shards, any owner per block, forward and backward."""
     layout = case.layout
@@ -182,7 +182,7 @@ def on_a_mesh(rank, world):
 
 
 def test_tokens_and_heads_on_a_mesh_of_two_by_two(ranks):
-    results = ranks.run(on_a_mesh)
+    results = ranks.run(on_a_mesh, world_size=4)
     whole = step(BlockSparseRingDilatedAttention(sparse_config=CONFIG), full_tensors(), is_causal=True)
     for i, want in enumerate(whole):
         torch.testing.assert_close(torch.cat([r[i] for r in results], 1), want)
