@@ -112,9 +112,9 @@ _NARROW = {
     },
 }
 _WIDE = {  # float32
-    "forward": {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 16, 4, 2)},
+    "forward": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 16, 4, 2)},
     "rows": {64: Config(32, 32, 4, 2), 128: Config(32, 16, 4, 2), 256: Config(16, 16, 4, 1)},
-    "columns": {64: Config(32, 32, 4, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 1)},
+    "columns": {64: Config(32, 32, 8, 2), 128: Config(16, 32, 4, 2), 256: Config(16, 16, 4, 1)},
 }
 _INTERPRETER = Config(128, 128, 4, 1)
 
