@@ -95,7 +95,7 @@ class Recall(nn.Module):
 
 def attention_of(kind: str, density: float, args: argparse.Namespace) -> nn.Module:
     """The attention of one contestant; queries of a block of their own wherever blocks are picked by the gate."""
-    if kind == "adaptive":
+    if kind.startswith("adaptive"):
         config = {
             "base_sparsity": 1 - density,
             "block_size": args.block,
@@ -104,12 +104,13 @@ def attention_of(kind: str, density: float, args: argparse.Namespace) -> nn.Modu
             "learnable_temperature": False,
             "min_temperature": 0.01,
             "gate": args.gate,
-            "distill_rows": args.distill_rows,
+            "distill_rows": 0 if kind == "adaptive_undistilled" else args.distill_rows,
         }
         return BlockSparseAdaptive(sparse_config=config, num_heads=HEADS, head_dim=WIDTH // HEADS)
     if kind == "hierarchical":
-        size = args.block
-        levels = [(1, 4 * size, size), (4, 16 * size, size), (16, -1, size)]
+        # Half of the blocks near by, half spread over everything, so that levels of this density have a chance.
+        size, stride = args.block, max(2, round(1.6 / density))
+        levels = [(1, 2 * size, size), (stride, -1, size)]
         names = ("stride", "window_size", "block_size")
         config = {
             "level_configs": [dict(zip(names, level, strict=True)) for level in levels],
@@ -153,9 +154,9 @@ def train(
     if scorers and gate is not None:
         groups.append({"params": scorers})
         rates.append(gate.gate_rate)
-        trainer = AdaptiveSparsityTrainer(
-            model, *gate.temperatures, annealing_steps=steps, distillation_weight=gate.distillation_weight
-        )
+        gates = [module for module in model.modules() if isinstance(module, BlockSparseAdaptive)]
+        weight = gate.distillation_weight if gates[0].sparse_config.distill_rows else 0.0
+        trainer = AdaptiveSparsityTrainer(model, *gate.temperatures, annealing_steps=steps, distillation_weight=weight)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1)
     start = time.process_time()
@@ -288,7 +289,8 @@ heads; a key is made of the token before its own. Per seed, one model learns the
 {s["block"]}, query blocks of {s["query_block"]}, temperature {s["temperatures"][0]} to {s["temperatures"][1]},
 distillation from {s["distill_rows"]} queries with weight {s["distillation_weight"]}. Fixed patterns have blocks of
 {s["block"]} by {s["block"]}. Accuracy over {8 * s["test"]} held-out sequences, mean over seeds (least to most).
-*Before* is without training over long sequences: for the gate, its ranking by pooled queries and keys alone."""
+*Before* is without training over long sequences: for the gate, its ranking by pooled queries and keys alone.
+`adaptive_undistilled` is the gate with the gradient of the task alone."""
     seeds = len({row["seed"] for row in rows})
     lines = [
         f"| attention ({seeds} seeds) | density asked | met | before | accuracy | processor s |",
@@ -331,7 +333,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("quality", "overhead"))
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.05])
-    parser.add_argument("--kinds", nargs="+", default=[*FIXED, "hierarchical", "adaptive"])
+    parser.add_argument("--kinds", nargs="+", default=[*FIXED, "hierarchical", "adaptive", "adaptive_undistilled"])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--length", type=int, default=1024)
@@ -361,7 +363,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only", "add")}
     measures: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {"quality": quality, "overhead": overhead}
     for name, measure in measures.items():
         if args.only in (None, name):
