@@ -93,14 +93,13 @@ class BiasGradient {
         by_columns() ? column(b, h, block, to, s, sums_[x]) : row(b, h, block, to, s, sums_[x]);
   }
 
-  // After all tasks: a plane whose queries and keys both broadcast is one number.
+  // After all tasks: a plane whose queries and keys both broadcast is one number, the sum over its blocks.
   void finish() const {
-    if (c_.dattn_bias_query || c_.dattn_bias_key) return;
-    for (long x = 0; x < tasks(); ++x) {
-      float* to = c_.dattn_bias + x / blocks() / heads() * c_.dattn_bias_batch + x / blocks() % heads() * c_.dattn_bias_head;
+    if (!c_.dattn_bias || c_.dattn_bias_query || c_.dattn_bias_key) return;
+    for (long plane = 0; plane < batches() * heads(); ++plane) {
       double sum = 0;
-      for (const long last = x + blocks() - 1; x < last; ++x) sum += sums_[x];
-      *to = float(sum + sums_[x]);
+      for (long block = 0; block < blocks(); ++block) sum += sums_[plane * blocks() + block];
+      c_.dattn_bias[plane / heads() * c_.dattn_bias_batch + plane % heads() * c_.dattn_bias_head] = float(sum);
     }
   }
 
