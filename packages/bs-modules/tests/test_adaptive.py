@@ -512,18 +512,23 @@ def test_printing_and_statistics():
     assert "BlockSparseAdaptive" in str(explained)
 
 
-def test_compiles_with_graph_breaks():
-    module = module_of(train=True, backend="torch", query_block_size=2)
+@pytest.mark.parametrize("prepared", [False, True], ids=["graph breaks", "prepared, one graph"])
+def test_compiles(prepared):
+    module = module_of(train=not prepared, query_block_size=2)
     q, k, v = inputs(24, grad=True)
+    if prepared:
+        module.prepare(24, True)
     torch.manual_seed(3)
     eager = module(q, k, v, True)
-    compiled = torch.compile(module, backend="aot_eager")
+    if not prepared:
+        module.clear_caches()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=prepared)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
         torch.manual_seed(3)
         out = compiled(q, k, v, True)
+        out.square().sum().backward()
     torch.testing.assert_close(out, eager)
-    out.square().sum().backward()
     assert (module.scorer.gain.grad != 0).any()
 
 
