@@ -102,10 +102,7 @@ def changed_after(last, seed, *tensors):
 
 @given(kind=kinds, length=st.integers(2, 45), at=st.floats(0, 1), train=st.booleans(), seed=st.integers(0, 99))
 def test_later_tokens_do_not_change_a_bit_of_earlier_picks_and_outputs(kind, length, at, train, seed):
-    # The native core rescales all queries of a block at once, so there a query rounds as its neighbours do, whatever
-    # the pattern; a query in a block of its own does not.
-    backend = "native" if kind["query_block_size"] == 1 else "torch"
-    module = module_of(seed, train, **kind, distill_rows=2, backend=backend)
+    module = module_of(seed, train, **kind, distill_rows=2)
     last = int(at * (length - 1))  # everything up to this position stays
     q, k, v = inputs(length, seed=seed)
     outs, picks = [], []
