@@ -6,7 +6,7 @@
     python tools/bench_cpu.py --backends torch --out /tmp/cpu.json
 
 Everything that is compared takes turns in one process, on the same tensors: a round runs each contestant once, and what
-is reported is the median of the rounds with the quartiles beside it. Every backend is first checked against the float64
+is reported is the median of the rounds with the spread beside it. Every backend is first checked against the float64
 oracle, and its calls are counted while it is timed: if another backend ran, the benchmark fails.
 
 η = density × t_dense / t_sparse, where density is the share of the dense kernel's pairs that lie in active blocks: η
@@ -50,7 +50,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def take_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+def take_turns(
+    contestants: dict[str, Callable[[], Any]], rounds: int, keep_rounds: bool = False
+) -> dict[str, dict[str, Any]]:
     """Median and quartiles in milliseconds, contestants interleaved; one round warms up."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for at in range(rounds + 1):
@@ -63,6 +65,8 @@ def take_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[s
     for name, values in times.items():
         low, mid, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         found[name] = {"ms": round(mid, 4), "q1": round(low, 4), "q3": round(high, 4), "best": round(min(values), 4)}
+        if keep_rounds:
+            found[name]["rounds"] = [round(value, 4) for value in values]
     return found
 
 
@@ -267,7 +271,7 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "block": block,
                 "causal": args.causal,
                 "density": round(share, 4),
-                "times": take_turns(turns, args.rounds),
+                "times": take_turns(turns, args.rounds, keep_rounds=True),
             }
             record["eta"] = etas(record)
             records.append(record)
@@ -275,19 +279,20 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def etas(record: dict[str, Any]) -> dict[str, float]:
-    """η of every contestant but dense, from the medians."""
-    times = record["times"]
-    return {
-        name: round(record["density"] * times[f"dense {name.split()[1]}"]["ms"] / found["ms"], 3)
-        for name, found in times.items()
-        if not name.startswith("dense")
-    }
+def etas(record: dict[str, Any]) -> dict[str, list[float]]:
+    """η of every contestant but dense: median, least and most over the rounds, each round against its own dense run."""
+    times, found = record["times"], {}
+    for name in times:
+        if not name.startswith("dense"):
+            pairs = zip(times[f"dense {name.split()[1]}"]["rounds"], times[name]["rounds"], strict=True)
+            ratios = [record["density"] * dense / sparse for dense, sparse in pairs]
+            found[name] = [round(x, 3) for x in (statistics.median(ratios), min(ratios), max(ratios))]
+    return found
 
 
 def one_line(record: dict[str, Any]) -> str:
     what = "{dtype} D={head_dim} {layout} block={block} S={tokens} kv={kv_heads} density={density}".format(**record)
-    return f"  {what}: " + ", ".join(f"{name} η={eta}" for name, eta in record["eta"].items())
+    return f"  {what}: " + ", ".join(f"{name} η={eta[0]}" for name, eta in record["eta"].items())
 
 
 def length(args: argparse.Namespace) -> list[dict[str, Any]]:

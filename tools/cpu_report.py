@@ -10,8 +10,9 @@ _INTRODUCTION = """\
 
 Made by `python tools/bench_cpu.py`; the raw figures are in `cpu.json`. Dense is `scaled_dot_product_attention` on
 head-major contiguous tensors; everything compared takes turns in one process. η = density × t_dense / t_sparse: 1 means
-that every skipped block is time saved. Times are medians, with quartiles in the JSON. “Both” is forward and backward.
-Load is the machine's load average when a section began.
+that every skipped block is time saved. Times are medians over rounds; η is the median over rounds
+(least to most), each round against its own dense run. “Both” is forward and backward. Load is the machine's load
+average when a section began.
 """
 
 
@@ -57,13 +58,17 @@ def _speed_table(records: list[dict[str, Any]], where: str) -> list[str]:
             r["density"],
             r["times"]["dense forward"]["ms"],
             r["times"]["dense both"]["ms"],
-            *(r["eta"].get(name, "") for name in contestants),
+            *(_with_range(r["eta"].get(name)) for name in contestants),
         ]
         for r in records
     ]
     first = records[0]
     what = f"{first['tokens']} tokens, {first['heads']} heads, {'causal' if first['causal'] else 'not causal'}."
     return [*lines, "", what, "", *_table(header + [f"η {name}" for name in contestants], rows)]
+
+
+def _with_range(eta: list[float] | None) -> str:
+    return "" if eta is None else f"{eta[0]:.2f} ({eta[1]:.2f} to {eta[2]:.2f})"
 
 
 def _length_table(records: list[dict[str, Any]], where: str) -> list[str]:
@@ -121,7 +126,7 @@ def plots(found: dict[str, Any], folder: Path) -> None:
                 for name, eta in r["eta"].items():
                     if name.endswith(phase) and r["layout"] == "random" and r["block"] == 64:
                         key = f"{name.split()[0]} {r['dtype']} D={r['head_dim']}"
-                        series.setdefault(key, []).append((r["density"], eta))
+                        series.setdefault(key, []).append((r["density"], eta[0]))
             for key, points in series.items():
                 axis.plot(*zip(*sorted(points), strict=True), marker="o", label=key)
             axis.axhline(1, color="grey", linewidth=0.8)
