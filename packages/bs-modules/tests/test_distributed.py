@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -35,6 +35,8 @@ from bs_modules import (
 from bs_modules import BlockSparseRingDistributedDilatedAttention as Distributed
 from bs_patterns import BlockLayout
 
+# A call in which one rank raises ends for the others at the deadline: an example takes a minute to fail.
+NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)
 WORLDS = [1, 2, 3, 4] + [8] * bool(os.environ.get("BS_SOAK"))
 ARGUMENTS = ("causal", "key_padding_mask", "segment_ids", "attn_bias", "bool_bias", "dropout", "scale", "order")
 LEVELS = [{"stride": 1, "window_size": 32, "block_size": 16}, {"stride": 4, "window_size": -1, "block_size": 16}]
@@ -111,7 +113,7 @@ def gathered(case, place, kv_place, results):
     return got
 
 
-@settings(deadline=None)
+@settings(phases=NO_SHRINKING)
 @given(st.data(), cases(arguments=ARGUMENTS), st.integers(1, WORLDS[-1]), st.integers(0, 2**31))
 def test_any_call_over_any_ring_is_the_whole_call(ranks, data, case, world, number):
     """Masks, biases, dropout, GQA, empty rows and shards, any owner per block, forward and backward."""
@@ -131,7 +133,7 @@ def test_any_call_over_any_ring_is_the_whole_call(ranks, data, case, world, numb
     assert_close_to_oracle(case, gathered(case, place, kv_place, results))
 
 
-@settings(deadline=None)
+@settings(phases=NO_SHRINKING)
 @given(
     st.data(), cases(arguments=("causal", "key_padding_mask", "segment_ids", "scale", "order")),
     st.sampled_from([(2, 2), (1, 2), (1, 4), (2, 1), (4, 1)]),

@@ -89,7 +89,7 @@ class RollCall:
             raise ValueError(f"x: expected {lengths[self.rank]} rows, as lengths says, got shape {tuple(x.shape)}")
         row = math.prod(x.shape[1:]) * x.element_size()
         padded = torch.zeros(-(-max(lengths) * row // 8) * 8, dtype=torch.uint8, device=x.device)
-        padded[: x.numel() * x.element_size()] = x.contiguous().flatten().view(torch.uint8)
+        padded[: x.numel() * x.element_size()] = _as_bytes(x)
         everyone = self._gather(padded.view(torch.int64)).to(x.device)
         return [
             everyone[r].view(torch.uint8)[: length * row].clone().view(x.dtype).view(length, *x.shape[1:])
@@ -115,10 +115,9 @@ class RollCall:
         with self._watched():
             for step in range(1, self.world_size):
                 to, source = (self.rank + step) % self.world_size, (self.rank - step) % self.world_size
-                outgoing = parts[to].contiguous()
-                got[source] = outgoing.new_empty(shapes[source])
-                receive = (source, got[source].view(-1).view(torch.uint8)) if got[source].numel() else None
-                send = (to, outgoing.view(-1).view(torch.uint8)) if outgoing.numel() else None
+                got[source] = parts[to].new_empty(shapes[source])
+                receive = (source, _as_bytes(got[source])) if got[source].numel() else None
+                send = (to, _as_bytes(parts[to])) if parts[to].numel() else None
                 hops = self._transport.post(KV, step, receive, send, "swap")
                 for hop in hops:
                     self._transport.wait(hop, "swap")
@@ -157,3 +156,9 @@ class RollCall:
             self._failure = self._health.conclude(failed.report, patience).error()
             self._transport.close()
             raise self._failure from None
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """The elements in order, as ``uint8[bytes]``: a view where they lie so."""
+    # What has one element counts as contiguous whatever its strides are, which view(dtype) does not forgive.
+    return x.contiguous().as_strided((x.numel(),), (1,)).view(torch.uint8)
