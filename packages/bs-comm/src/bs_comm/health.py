@@ -9,12 +9,13 @@ so recovery is a new group and a new ring.
 from __future__ import annotations
 
 import json
-import queue
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from ._worker import Worker
 
 #: Seconds between two looks at the store while a rank waits.
 POLL_SECONDS = 0.05
@@ -97,16 +98,14 @@ class StoreThread:
     """A daemon thread that talks to the store, so that a store whose host is stopped blocks nobody else."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._worker: Worker | None = None
 
     def submit(self, call: Callable[[], Any]) -> _Answer:
         """Queue a call."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="bs-comm store", daemon=True)
-            self._thread.start()
+        if self._worker is None:
+            self._worker = Worker("bs-comm store", _answer)
         answer = _Answer(call, threading.Event())
-        self._jobs.put(answer)
+        self._worker.put(answer)
         return answer
 
     def call(self, call: Callable[[], Any], timeout: float) -> Any:
@@ -116,17 +115,17 @@ class StoreThread:
 
     def close(self) -> None:
         """End the thread after the calls already queued."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread = None
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job.value = job.call()
-            except Exception as error:
-                job.value = error
-            job.done.set()
+
+def _answer(job: _Answer) -> None:
+    try:
+        job.value = job.call()
+    except Exception as error:
+        job.value = error
+    job.done.set()
 
 
 class Health:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._worker import Worker
 from .health import PATIENCE, POLL_SECONDS, Health, Report
 
 #: Kinds of traffic; each has its own tags and counters.
@@ -217,22 +217,20 @@ class _Waiter:
     def __init__(self) -> None:
         self.done = threading.Event()
         self.error: BaseException | None = None
-        self._works: queue.SimpleQueue[tuple[Any, float] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._serve, name="bs-comm wait", daemon=True).start()
+        self._worker = Worker("bs-comm wait", self._wait)
 
     def start(self, work: Any, timeout: float) -> None:
         self.done.clear()
         self.error = None
-        self._works.put((work, timeout))
+        self._worker.put((work, timeout))
 
     def stop(self) -> None:
-        self._works.put(None)
+        self._worker.close()
 
-    def _serve(self) -> None:
-        while (job := self._works.get()) is not None:
-            work, timeout = job
-            try:
-                work.wait(timedelta(seconds=timeout))
-            except Exception as error:
-                self.error = error
-            self.done.set()
+    def _wait(self, job: tuple[Any, float]) -> None:
+        work, timeout = job
+        try:
+            work.wait(timedelta(seconds=timeout))
+        except Exception as error:
+            self.error = error
+        self.done.set()
