@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bs_modules._gate_losses import block_mass, distillation_loss
+from bs_modules._gate_noise import random_words
 from bs_modules._gate_room import _fill, make_room
 from bs_modules._gate_scorer import ImportanceScorer, pool_blocks, pool_queries
 from bs_modules._gate_select import logits_of, noisy, select_blocks
@@ -265,12 +266,23 @@ def test_a_learned_density_follows_its_threshold_between_its_bounds():
 def test_noise_has_the_law_it_should():
     torch.manual_seed(0)
     logits = torch.tensor([1.0, 0.0, -1.0]).expand(20_000, 3)
-    best = noisy(logits, False).argmax(-1)
+    best = noisy(logits, False, 1).argmax(-1)
     share = torch.stack([(best == j).double().mean() for j in range(3)])
     wanted = logits[0].softmax(-1).double()
     assert (share - wanted).abs().max() < 4 * math.sqrt(0.25 / 20_000)
-    passed = (noisy(logits, True) > 0).double().mean(0)
+    passed = (noisy(logits, True, 2) > 0).double().mean(0)
     assert (passed - logits[0].sigmoid()).abs().max() < 4 * math.sqrt(0.25 / 20_000)
+
+
+def test_noise_belongs_to_the_position():
+    logits = torch.zeros(2, 3, 7, 5)
+    whole, rows = noisy(logits, False, 3), torch.tensor([4, 1, 6])
+    assert torch.equal(noisy(logits[:, :, rows], False, torch.tensor(3), rows, 7), whole[:, :, rows])
+    assert whole.unique().numel() == whole.numel()
+    assert not torch.equal(noisy(logits, False, 4), whole)
+    # The published outputs of SplitMix64 for seed 1234567.
+    words = [int(word) % 2**64 for word in random_words(torch.arange(3), 1234567)]
+    assert words == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from bs_kernels import BatchedLayout
 
+from ._gate_noise import uniform
 from ._gate_room import Room
 
 
@@ -56,11 +57,20 @@ def logits_of(scores: Tensor, room: Room, temperature: Tensor, threshold: Tensor
     return (scores / temperature.to(scores.dtype)).masked_fill(~room.readable, float("-inf"))
 
 
-def noisy(logits: Tensor, learn_density: bool) -> Tensor:
-    """Adds Gumbel noise, or with a learned density the logistic noise of a choice between keeping and dropping."""
-    # Uniform numbers in (0, 1) exclusive: 0 would give an infinite sample.
-    uniform = torch.rand_like(logits, dtype=torch.float32).clamp_(1e-7, 1 - 1e-7)
-    sample = uniform.logit() if learn_density else -(-uniform.log()).log()
+def noisy(
+    logits: Tensor, learn_density: bool, seed: Tensor | int, rows: Tensor | None = None, of: int | None = None
+) -> Tensor:
+    """Adds Gumbel noise, or with a learned density the logistic noise of a choice between keeping and dropping.
+
+    Args:
+        logits: `[..., QB, KB]`, or the `rows` of it.
+        learn_density: Which of the two.
+        seed: From `draw_seed`; noise is keyed by it and by the position of the pair.
+        rows: int64 `[R]`, which query blocks the logits are of; `None`: all.
+        of: QB, where there are `rows`.
+    """
+    sample = uniform(logits.shape, seed, logits.device, rows, of)
+    sample = sample.logit() if learn_density else -(-sample.log()).log()
     return logits + sample.to(logits.dtype)
 
 

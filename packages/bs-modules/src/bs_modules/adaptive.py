@@ -21,6 +21,7 @@ from ._adaptive_config import AdaptiveConfig
 from ._checks import check_flag, check_int
 from ._frozen import Calibration, RecordedLayouts
 from ._gate_losses import block_mass, distillation_loss
+from ._gate_noise import draw_rows, draw_seed
 from ._gate_room import Room, make_room
 from ._gate_scorer import ImportanceScorer
 from ._gate_select import Selection, logits_of, noisy, select_blocks
@@ -178,22 +179,16 @@ class BlockSparseAdaptive(BlockSparseAttention):
             The layout of every batch element, and the `block_bias` that goes with it.
         """
         config, lengths = self.sparse_config, (q.shape[1], k.shape[1])
-        learn = self.scorer.threshold is not None
         room = self._room(lengths, bool(is_causal), q.device, q.shape[2])
         pooled = self.scorer.pool(q, k, config.block_size, bool(is_causal), key_padding_mask)
-        logits = logits_of(self.scorer.score(*pooled, room.distance), room, self.temperature, self.scorer.threshold)
-        if self.training and config.distill_rows and torch.is_grad_enabled():
-            self.gate_losses["distillation"] = self._distill(q, k, pooled, room, bool(is_causal), key_padding_mask)
-        made = select_blocks(
-            noisy(logits, learn) if self.training else logits,
-            room,
-            config.blocks,
-            lengths,
-            bool(is_causal),
-            soft=config.gate == "soft",
-            learn_density=learn,
-            dead=None if key_padding_mask is None else _dead_blocks(key_padding_mask, config.block_size),
-        )
+        dead = None if key_padding_mask is None else _dead_blocks(key_padding_mask, config.block_size)
+        seed = draw_seed(q.device) if self.training else None
+        if seed is not None and config.distill_rows and torch.is_grad_enabled():
+            rows = draw_rows(seed, pooled[0].shape[2], config.distill_rows, q.device)
+            self.gate_losses["distillation"] = self._distill(
+                q, k, pooled, room, rows, bool(is_causal), key_padding_mask
+            )
+        made = self._choose(pooled, room, lengths, bool(is_causal), dead, seed)
         if made.expected_density is not None and self.training:
             self.gate_losses["sparsity"] = made.expected_density
         self._met = (lengths, bool(is_causal), made.density)
@@ -201,18 +196,46 @@ class BlockSparseAdaptive(BlockSparseAttention):
             self._calibration.add(made.layout)
         return made
 
+    def _choose(
+        self,
+        pooled: tuple[Tensor, Tensor],
+        room: Room,
+        lengths: tuple[int, int],
+        is_causal: bool,
+        dead: Tensor | None,
+        seed: Tensor | int | None,
+        rows: Tensor | None = None,
+        of: int | None = None,
+    ) -> Selection:
+        """Picks blocks for all query blocks, or for the `rows` `of` them that pooled queries, room and lengths are of.
+
+        The noise of a seed belongs to the position of a pair of blocks, so rows may be chosen apart.
+        """
+        learn = self.scorer.threshold is not None
+        logits = logits_of(self.scorer.score(*pooled, room.distance), room, self.temperature, self.scorer.threshold)
+        return select_blocks(
+            logits if seed is None else noisy(logits, learn, seed, rows, of),
+            room,
+            self.sparse_config.blocks,
+            lengths,
+            is_causal,
+            soft=self.sparse_config.gate == "soft",
+            learn_density=learn,
+            dead=dead,
+        )
+
     def _distill(
         self,
         q: Tensor,
         k: Tensor,
         pooled: tuple[Tensor, Tensor],
         room: Room,
+        rows: Tensor,
         is_causal: bool,
         key_padding_mask: Tensor | None,
     ) -> Tensor:
         """The distillation loss of some query blocks. It teaches the scorer, and queries and keys to be found by it."""
         config, (queries, keys) = self.sparse_config, pooled
-        rows = torch.randperm(queries.shape[2], device=q.device)[: config.distill_rows]
         with torch.no_grad():
             scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
             mass = block_mass(q, k, rows, config.blocks, is_causal, scale, key_padding_mask)
