@@ -93,6 +93,8 @@ def test_a_context_that_is_no_multiple_of_the_block_size_works(place, capsys):
         ["--dilation-rate", "1", "--dilation-rate", "3"],
         ["--dtype", "bf16", "--block-size", "32"],
         ["--pattern", "local_window", "--density", "1"],
+        ["--attention", "hierarchical", "--density", "0.3"],
+        ["--attention", "adaptive", "--query-block-size", "4", "--distill-rows", "2"],
     ],
     ids=" ".join,
 )
@@ -152,6 +154,17 @@ def test_compare_dense_trains_the_controls_and_judges(place, capsys):
     assert json.loads(dense.read_text().splitlines()[0])["bits_per_byte"] == pytest.approx(first["bits_per_byte"])
 
 
+def test_a_gated_run_is_drawn_and_sampled_and_another_starts_from_it(place, capsys):
+    assert main(["train", "--config", "small.toml", "--name", "gate", "--attention", "adaptive"]) == 0
+    assert (place / "runs" / "gate" / "layout.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["generate", "gate", "--tokens", "3", "--prompt", "x"]) == 0
+    assert main(["train", "--config", "small.toml", "--name", "next", "--start-from", "gate"]) == 0
+    assert Run.open(place / "runs" / "next").settings.start_from == str(
+        place.joinpath("runs", "gate").relative_to(place)
+    )
+    assert "density met" in capsys.readouterr().out
+
+
 BAD = {
     "missing file": (["--data", "none.txt"], 2, "no such file or folder: none.txt"),
     "no match": (["--data", "*.none"], 2, "no file matches *.none"),
@@ -173,6 +186,20 @@ BAD = {
     "meta device": (["--device", "meta"], 2, "device: expected auto, cpu or cuda"),
     "dtype": (["--dtype", "int8"], 2, "'int8' is not one of"),
     "ineffective": (["--window-size", "64"], 2, "window_size: has no effect with pattern_type='dilated_sparse'"),
+    "attention": (["--attention", "adaptve"], 2, "attention: expected one of base … did you mean 'adaptive'"),
+    "pattern of a gate": (
+        ["--attention", "adaptive", "--pattern", "local_window"],
+        2,
+        "pattern: has no effect with attention='adaptive', which reads density, block_size",
+    ),
+    "dense density": (["--attention", "dense"], 2, "density: has no effect with attention='dense'"),
+    "gate of a pattern": (["--distill-rows", "4"], 2, "distill_rows: has no effect with attention='base'"),
+    "distill rows": (["--attention", "adaptive", "--distill-rows", "-1"], 2, "distill_rows: expected an integer ≥ 0"),
+    "query block size": (["--attention", "adaptive", "--query-block-size", "0"], 2, "query_block_size: expected an"),
+    "shared gate": (["--attention", "adaptive", "--nproc", "2"], 2, "nproc: expected 1 with adaptive attention"),
+    "weight": (["--config", "weight.toml"], 2, "distillation_weight: has no effect without distill_rows"),
+    "temperatures": (["--config", "warm.toml"], 2, "temperatures: expected two numbers > 0, got (1.0,)"),
+    "start from nothing": (["--start-from", "none"], 2, "run: runs/none holds no run"),
     "unknown flag": (["--densty", "1"], 2, "No such option"),
     "no config": (["--config", "none.toml"], 2, "config: cannot read none.toml"),
     "bad config": (["--config", "words.txt"], 2, "config: words.txt is not valid TOML"),
@@ -194,8 +221,12 @@ def test_bad_input_is_one_line(place, capsys, flags, status, words):
     base = {**SMALL, "data": ["words.txt"], "device": "cpu", "dtype": "float32"}
     (place / "typo.toml").write_text("contxt = 5\n")
     (place / "type.toml").write_text('context = "long"\n')
+    (place / "weight.toml").write_text('attention = "adaptive"\ndistillation_weight = 1\n')
+    (place / "warm.toml").write_text('attention = "adaptive"\ntemperatures = [1]\n')
     (place / "nan.toml").write_text(tomli_w.dumps({**base, "matrix_lr": 1e38, "embedding_lr": 1e38}))
-    (place / "dense.toml").write_text(tomli_w.dumps({**base, "attention": "dense"}))
+    (place / "dense.toml").write_text(
+        tomli_w.dumps({"attention": "dense", "steps": 4, "context": 96, "data": ["words.txt"]})
+    )
     config = [] if "--config" in flags or "--resume" in flags else ["--config", "small.toml"]
     fails(["train", *config, *flags], status, words, capsys)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bs_modules.lm.generate import Decoder, generate, stream_text
-from bs_modules.lm.session import trained_layout
-from bs_modules.lm.train import build_model
+from bs_modules.lm.build import build_model, trained_layout
+from bs_modules.lm.generate import Decoder, Rereader, generate, stream_text
 from bs_modules.testing import tiny_settings
 
 
-@pytest.fixture(params=["sparse", "dense"])
+@pytest.fixture(params=["base", "hierarchical", "dense"])
 def model_and_layout(request):
     settings = tiny_settings(attention=request.param)
     model = build_model(settings)
@@ -86,3 +85,25 @@ def test_bytes_become_text_when_a_character_is_complete():
     pieces = list(stream_text(iter("aé€😀".encode())))
     assert pieces == ["a", "é", "€", "😀"]
     assert "".join(stream_text(iter(b"a\xffb\xe2\x82"))) == "a�b�"
+
+
+@pytest.mark.parametrize("query_block_size", [1, 16])
+def test_a_gated_model_generates_what_it_would_score_highest(query_block_size):
+    settings = tiny_settings(attention="adaptive", query_block_size=query_block_size, density=0.3)
+    model = build_model(settings).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    assert trained_layout(settings) is None
+    text = text_of(96)
+    full = model(torch.tensor(list(text))[None])[0].detach()
+    reader = Rereader(model, 96)
+    # What fills the text up is not read: the same bits.
+    assert torch.equal(torch.cat([reader.feed(text[:5]), reader.feed(text[5:70]), reader.feed(text[70:])]), full)
+    prompt = text_of(20)
+    made = bytes(generate(model, 96, prompt, 76, temperature=0))
+    scores = model(torch.tensor(list(prompt + made))[None])[0, 19:-1].detach()
+    assert list(made) == scores.argmax(-1).tolist()
+    assert len(list(generate(model, 96, text_of(300), 60))) == 60
+    with pytest.raises(ValueError, match="expected 1 to 96 bytes, got 97"):
+        Rereader(model, 96).feed(text_of(97))

@@ -62,11 +62,11 @@ def test_swiglu_and_rms_norm_by_definition():
     assert torch.isfinite(rms_norm(torch.zeros(1, 2, 4))).all()
 
 
-def model_of(attention="sparse", *, seed=0, dtype=torch.float32, trained=True):
+def model_of(attention="base", *, seed=0, dtype=torch.float32, trained=True):
     def make(layer):
         if attention == "dense":
             return DenseAttention()
-        return create_block_sparse_attention("base", sparsity_ratio=0.5 if attention == "sparse" else 1.0, block_size=8)
+        return create_block_sparse_attention("base", sparsity_ratio=0.5 if attention == "base" else 1.0, block_size=8)
 
     model = ByteModel(ModelConfig(32, 2, 16), make, compute_dtype=dtype, seed=seed)
     if trained:  # output projections start at zero; give every weight something to say
@@ -81,7 +81,7 @@ def test_dense_and_full_density_attention_are_the_same_model():
     torch.testing.assert_close(model_of("full")(tokens), model_of("dense")(tokens))
 
 
-@pytest.mark.parametrize("attention", ["sparse", "dense"])
+@pytest.mark.parametrize("attention", ["base", "dense"])
 def test_no_byte_sees_a_later_one(attention):
     model = model_of(attention)
     tokens = torch.randint(0, 256, (1, 60), generator=torch.Generator().manual_seed(0))

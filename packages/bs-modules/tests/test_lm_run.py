@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import tomli_w
 import torch
 
+from bs_modules.lm.build import starting_weights
 from bs_modules.lm.checkpoint import load_checkpoint, save_checkpoint
 from bs_modules.lm.data import load_corpus
 from bs_modules.lm.durable import write_atomically
@@ -75,6 +77,59 @@ def test_resume_equals_an_uninterrupted_run_tensor_by_tensor(tmp_path, stops, dt
     assert_same_state(whole, parts)
     assert losses(whole) == losses(parts)
     assert result.validation == expected.validation
+
+
+def test_a_gate_resumes_bit_for_bit_with_its_noise_and_its_temperature(tmp_path):
+    gate = {"attention": "adaptive", "query_block_size": 4, "distill_rows": 3, "temperatures": (0.4, 0.1)}
+    whole = start(tmp_path / "whole", **gate)
+    expected = train(whole, tiny_corpus(), Silent())
+    assert abs(expected.density_met - 0.5) < 0.01
+    assert expected.density_requested == 0.5
+    parts = start(tmp_path / "parts", **gate)
+    for count in (2, 1):
+        with pytest.raises(Interrupted):
+            train(parts, tiny_corpus(), Silent(), stop_after(count))
+    assert train(parts, tiny_corpus(), Silent()).validation == expected.validation
+    assert_same_state(whole, parts)
+    assert losses(whole) == losses(parts)
+    tensors = state_of(whole)[0]
+    assert tensors["model.blocks.0.attention.scorer.q_weight_1"].abs().max() > 0  # zeros at first: it was trained
+
+
+def test_a_gate_is_validated_without_noise():
+    trainer = Trainer(tiny_settings(attention="adaptive", temperatures=(5.0, 5.0)), tiny_corpus())
+    trainer.train_step(1.0)
+    found = {trainer.validate(trainer.windows()).bits_per_byte for _ in range(3)}
+    assert len(found) == 1
+    assert trainer.model.training
+
+
+@pytest.mark.parametrize("attention", ["base", "adaptive", "dense"])
+def test_a_run_starts_from_the_weights_of_another(tmp_path, attention):
+    first = start(tmp_path / "first")
+    train(first, tiny_corpus(), Silent())
+    settings = {"attention": attention, "context": 64, "start_from": str(first.path), "seed": 5}
+    second = start(tmp_path / "second", **settings)
+    with pytest.raises(Interrupted):
+        train(second, tiny_corpus(), Silent(), stop_after(1))
+    given, taken = (state_of(run)[0] for run in (first, second))
+    # One step of Muon and AdamW cannot move a weight by more than this.
+    assert (given["model.blocks.1.qkv"] - taken["model.blocks.1.qkv"]).abs().max() < 0.05
+    fresh = Trainer(tiny_settings(seed=5), tiny_corpus()).model.state_dict()["blocks.1.qkv"]
+    assert (fresh - taken["model.blocks.1.qkv"]).abs().max() > 0.1
+    shutil.rmtree(first.path)  # what it started with is its own by now
+    train(second, tiny_corpus(), Silent())
+
+
+def test_starting_weights_that_do_not_fit_are_refused(tmp_path):
+    first = start(tmp_path / "first", width=16)
+    with pytest.raises(InputError, match=r"start_from: .* has no checkpoint yet"):
+        starting_weights(tiny_settings(start_from=str(first.path)))
+    train(first, tiny_corpus(), Silent())
+    with pytest.raises(InputError, match=r"start_from: expected a model of the sizes .*width=32.* has .*width=16"):
+        starting_weights(tiny_settings(start_from=str(first.path)))
+    with pytest.raises(InputError, match="holds no run"):
+        starting_weights(tiny_settings(start_from=str(tmp_path)))
 
 
 def test_training_learns(tmp_path):

@@ -35,12 +35,16 @@ def _setting(*names: str, **options: Any) -> Callable[..., Any]:
     metavar="PATH",
     help="File, folder or glob; repeat for more. Default: the running Python's standard library.",
 )
-@_setting("--pattern", help="local_window, dilated_sparse or global_local.")
+@_setting("--attention", help="base (a fixed pattern), hierarchical, adaptive (a gate) or dense. Default: base.")
+@_setting("--pattern", help="Of base attention: local_window, dilated_sparse or global_local.")
 @_setting("--density", type=float, help="Active / allowed blocks to keep, in (0, 1].")
 @_setting("--block-size", type=int, help="Tokens per block.")
 @_setting("--window-size", type=int, help="Tokens of the local window; without --density the geometry alone decides.")
 @_setting("--global-tokens", type=int, help="Leading tokens that every byte sees (global_local).")
 @_setting("--dilation-rate", "dilation_rates", type=int, multiple=True, help="Block stride of dilated_sparse; repeat.")
+@_setting("--query-block-size", type=int, help="Queries that share their picks (adaptive). Default: the block size.")
+@_setting("--distill-rows", type=int, help="Query blocks whose true masses teach the gate (adaptive). Default: 0.")
+@_setting("--start-from", metavar="RUN", help="Start with the weights of another run of the same sizes.")
 @_setting("--context", type=int, help="Bytes per training sequence (any number). Default: 8192.")
 @_setting("--batch", type=int, help="Sequences per step.")
 @_setting("--steps", type=int, help="Optimizer steps.")
@@ -69,6 +73,8 @@ def train(
     **flags: Any,
 ) -> None:
     """Train a byte-level language model with block-sparse causal attention on real text."""
+    if flags["start_from"] is not None and not Path(flags["start_from"]).is_dir():
+        flags["start_from"] = str(runs_folder / flags["start_from"])
     given = _given(config_file, flags)
     from .session import train_session
 

@@ -62,7 +62,7 @@ def compare_dense(
     """
     base = run.settings
     windows = Trainer(base, corpus).windows()
-    dense = dataclasses.replace(base, attention="dense", density=None)
+    dense = base.dense()
     results = {}
     plans: dict[str, tuple[Settings, float | None]] = {"dense, equal seconds": (dense, seconds)}
     if base.context > SHORT_CONTEXT:

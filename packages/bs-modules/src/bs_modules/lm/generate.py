@@ -1,9 +1,13 @@
-"""Sampling with a KV cache: each new byte attends to the keys of its layout row, and to no others."""
+"""Sampling with a KV cache: each new byte attends to the keys of its layout row, and to no others.
+
+What a gate picks depends on the text, so a gated model reads its whole context anew for every byte instead.
+"""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,9 +50,7 @@ class Decoder:
         Raises:
             ValueError: No bytes, or more than the context has room for.
         """
-        start, stop = self.length, self.length + len(tokens)
-        if not tokens or stop > self.context:
-            raise ValueError(f"tokens: expected 1 to {self.context - start} bytes, got {len(tokens)}")
+        start, stop = _room(self, tokens)
         model, device = self.model, self.model.embedding.device
         rows = self.layout.rows_at(start, stop)
         embedding = model.embedding.to(model.compute_dtype)
@@ -63,9 +65,31 @@ class Decoder:
         return model.score(x_BSE, embedding)[0]
 
 
+class Rereader:
+    """A gated model and the text that it has read: every byte costs one forward over the whole context.
+
+    Args:
+        model: A trained model, in evaluation mode.
+        context: Tokens of its training sequences. The text is filled up to that length, because the budgets of a gate
+            depend on it; nothing is read ahead, so what fills it does not matter.
+    """
+
+    def __init__(self, model: ByteModel, context: int) -> None:
+        self.model, self.context, self.length = model, context, 0
+        self._text = torch.zeros(1, context, dtype=torch.int64, device=model.embedding.device)
+
+    @torch.no_grad()
+    def feed(self, tokens: bytes) -> Tensor:
+        """As `Decoder.feed`."""
+        start, stop = _room(self, tokens)
+        self._text[0, start:stop] = torch.tensor(list(tokens))
+        self.length = stop
+        return self.model(self._text)[0, start:stop]
+
+
 def generate(
     model: ByteModel,
-    layout: BlockLayout,
+    layout: BlockLayout | int,
     prompt: bytes,
     tokens: int,
     *,
@@ -79,7 +103,7 @@ def generate(
 
     Args:
         model: A trained model.
-        layout: The causal layout of its context.
+        layout: The causal layout of its context; of a gated model, the context's length.
         prompt: At least one byte; of a longer one than the context, the end is read.
         tokens: How many bytes to make.
         temperature: Divides the scores; 0 takes the likeliest byte.
@@ -87,7 +111,8 @@ def generate(
         seed: Of the samples: the same arguments give the same bytes.
     """
     generator = torch.Generator().manual_seed(seed)
-    decoder = Decoder(model, layout)
+    fresh = partial(Rereader, model, layout) if isinstance(layout, int) else partial(Decoder, model, layout)
+    decoder = fresh()
     text = bytearray(prompt)
     scores = decoder.feed(bytes(text[-(decoder.context - 1) :]))[-1]
     for made in range(tokens):
@@ -97,7 +122,7 @@ def generate(
         if made + 1 == tokens:
             return
         if decoder.length == decoder.context:
-            decoder = Decoder(model, layout)
+            decoder = fresh()
             scores = decoder.feed(bytes(text[-(decoder.context // 2) :]))[-1]
         else:
             scores = decoder.feed(bytes([byte]))[-1]
@@ -113,6 +138,14 @@ def stream_text(tokens: Iterator[int]) -> Iterator[str]:
     rest = decoder.decode(b"", final=True)
     if rest:
         yield rest
+
+
+def _room(decoder: Decoder | Rereader, tokens: bytes) -> tuple[int, int]:
+    """Positions of the first of some new bytes and of the one after the last."""
+    start, stop = decoder.length, decoder.length + len(tokens)
+    if not tokens or stop > decoder.context:
+        raise ValueError(f"tokens: expected 1 to {decoder.context - start} bytes, got {len(tokens)}")
+    return start, stop
 
 
 def _sample(scores: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:

@@ -168,11 +168,12 @@ class ByteModel(nn.Module):
             )
         return self._tables[key]
 
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-        """Splits the parameters by how they are optimised: matrices of the blocks, the embedding, gains."""
+    def parameter_groups(self) -> tuple[list[nn.Parameter], ...]:
+        """Splits the parameters by how they are optimised: matrices of the blocks, the embedding, gains, gates."""
         matrices = [p for block in self._blocks() for p in (block.qkv, block.out, block.gate_up, block.down)]
         gains = [p for block in self._blocks() for p in (block.attention_gain, block.feed_forward_gain)]
-        return matrices, [self.embedding], [*gains, self.final_gain]
+        gates = [p for block in self._blocks() for p in block.attention.parameters()]
+        return matrices, [self.embedding], [*gains, self.final_gain], gates
 
     def _blocks(self) -> Iterator[Block]:
         return iter(self.blocks)  # pyright: ignore[reportArgumentType, reportReturnType]

@@ -22,6 +22,7 @@ class Muon:
         matrices: Parameters `[..., m, n]`, each leading index a matrix of its own.
         embeddings: Parameters for AdamW at `embedding_lr`.
         gains: Parameters for AdamW at `gain_lr`.
+        gates: Parameters for AdamW at `gate_lr`; those without a gradient (every block was picked) stay as they are.
 
     Source:
         Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the update scale
@@ -33,10 +34,12 @@ class Muon:
         matrices: Sequence[nn.Parameter],
         embeddings: Sequence[nn.Parameter],
         gains: Sequence[nn.Parameter],
+        gates: Sequence[nn.Parameter] = (),
         *,
         matrix_lr: float = 0.01,
         embedding_lr: float = 0.005,
         gain_lr: float = 0.005,
+        gate_lr: float = 0.003,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
@@ -44,8 +47,8 @@ class Muon:
         iteration_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.matrices = list(matrices)
-        self.others = [*embeddings, *gains]
-        self.other_lrs = [embedding_lr] * len(embeddings) + [gain_lr] * len(gains)
+        self.others = [*embeddings, *gains, *gates]
+        self.other_lrs = [embedding_lr] * len(embeddings) + [gain_lr] * len(gains) + [gate_lr] * len(gates)
         self.matrix_lr, self.momentum, self.betas = matrix_lr, momentum, betas
         self.weight_decay, self.iterations, self.iteration_dtype = weight_decay, iterations, iteration_dtype
         self.steps = 0
@@ -95,7 +98,8 @@ class Muon:
     def _step_others(self, scale: float) -> None:
         beta1, beta2 = self.betas
         for p, lr, first, second in zip(self.others, self.other_lrs, self._first, self._second, strict=True):
-            assert p.grad is not None
+            if p.grad is None:
+                continue
             first.lerp_(p.grad, 1 - beta1)
             second.lerp_(p.grad.square(), 1 - beta2)
             corrected = (second / (1 - beta2**self.steps)).sqrt_().add_(1e-10)

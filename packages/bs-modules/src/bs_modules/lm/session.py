@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bs_patterns import BlockLayout
-
-from .checkpoint import load_checkpoint
+from .build import picked_layout, starting_weights, trained_layout, trained_model
 from .compare import compare_dense, train_once
 from .data import Corpus, load_corpus
 from .errors import InputError, Interruption
@@ -26,8 +24,11 @@ from .run import Run, locked, new_folder
 from .settings import DEFAULT_MINUTES, Settings, settings_from
 from .signals import StopSignals
 from .team import Team, assemble
-from .train import Interrupted, build_model, keep_freed_memory, resolve, steps_within
+from .train import Interrupted, keep_freed_memory, resolve, steps_within
 from .yardsticks import yardsticks
+
+# Windows of text over which the picture of a gate's picks is drawn.
+_PICTURED = 4
 
 
 def train_session(folder: Path, given: dict[str, Any], *, resume: bool, compare: bool, begun: float) -> None:
@@ -65,6 +66,8 @@ def train_session(folder: Path, given: dict[str, Any], *, resume: bool, compare:
         _check_comparable(settings, compare)
         corpus = load_corpus(settings.data, settings.context)
         settings = resolve(settings)
+        if settings.start_from is not None:
+            starting_weights(settings)  # refused before anything is written
         new_folder(folder)
         with locked(folder), assemble(settings) as team:
             settings = _with_steps(settings, corpus, begun, team)
@@ -85,22 +88,10 @@ def generate_session(
     if not run.started:
         raise InputError(f"run: {folder} has no checkpoint yet")
     settings = resolve(dataclasses.replace(run.settings, device=device))
-    model = build_model(settings).to(settings.device)
-    state = load_checkpoint(run.checkpoint).tensors
-    try:
-        model.load_state_dict({n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")})
-    except RuntimeError as error:
-        raise InputError(f"checkpoint: {run.checkpoint} does not fit the model of config.toml: {error}") from None
-    made = generate(model, trained_layout(settings), prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
+    model, layout = trained_model(run, settings), trained_layout(settings) or settings.context
+    made = generate(model, layout, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
     yield prompt.decode("utf-8", errors="replace")
     yield from stream_text(made)
-
-
-def trained_layout(settings: Settings) -> BlockLayout:
-    """The causal layout of a run's context; of a dense run, every allowed block."""
-    config = settings.sparse_config()
-    density = 1.0 if settings.attention == "dense" else config.density
-    return config.pattern().layout(settings.context, block_size=config.block_size, causal=True, density=density)
 
 
 def _train_and_report(
@@ -126,7 +117,8 @@ def _train_and_report(
         marks = yardsticks(corpus.train, validated_text(windows))
         run.write_json("yardsticks.json", marks)
         draw_loss(run.path / "loss.png", run.metrics(), marks, result["validation"]["bits_per_byte"])
-        draw_layout(run.path / "layout.png", trained_layout(settings))
+        layout = trained_layout(settings) or picked_layout(trained_model(run, settings), windows[:_PICTURED])
+        draw_layout(run.path / "layout.png", layout)
         console.print(result_table(settings, result, marks))
         if compare:
             with progress_bar(console) as bar:

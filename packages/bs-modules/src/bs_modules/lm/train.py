@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bs_comm import Placement
 
-from ..factory import create_block_sparse_attention
+from .._adaptive_training import AdaptiveSparsityTrainer
+from .build import build_model, density_met, start_with, starting_weights
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import Corpus, batch_at
 from .errors import InputError, NotFinite, RunError
@@ -29,7 +30,6 @@ from .measure import (
     validate,
     validation_windows,
 )
-from .model import ByteModel, DenseAttention
 from .optimizer import Muon
 from .run import Run
 from .settings import Settings
@@ -94,6 +94,7 @@ class Trainer:
         self.device = torch.device(settings.device)
         self.start, self.stop = 0, settings.context
         if team is not None:
+            assert settings.block_size is not None
             place = Placement.contiguous(settings.context, team.world_size, block_size=settings.block_size)
             self.stop = int(place.lengths[: team.rank + 1].sum())
             self.start = self.stop - int(place.lengths[team.rank])
@@ -106,7 +107,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.peak_memory = 0
-        torch.manual_seed(settings.seed)  # nothing here draws from it; a dropout of the attention would
+        torch.manual_seed(settings.seed)  # the scorer and the noise of a gate draw from it
         self.model = build_model(settings, spread=self.team is not None).to(self.device)
         half = settings.dtype == "bfloat16"
         self.optimizer = Muon(
@@ -114,9 +115,19 @@ class Trainer:
             matrix_lr=settings.matrix_lr,
             embedding_lr=settings.embedding_lr,
             gain_lr=settings.gain_lr,
+            gate_lr=settings.gate_lr,
             momentum=settings.momentum,
             iteration_dtype=torch.bfloat16 if half else torch.float32,
         )
+        self.gates: AdaptiveSparsityTrainer | None = None
+        if settings.attention == "adaptive":
+            assert settings.temperatures is not None
+            self.gates = AdaptiveSparsityTrainer(
+                self.model,
+                *settings.temperatures,
+                annealing_steps=settings.steps or 1,
+                distillation_weight=settings.distillation_weight or 0.0,
+            )
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets of a step, each `uint8[batch, context]`: a function of (seed, step) alone."""
@@ -142,8 +153,10 @@ class Trainer:
 
     def _loss(self) -> float:
         """The loss of the step in nats; gradients are left in the parameters."""
+        if self.gates is not None:  # the schedule depends on the step alone, also after a resume
+            self.gates.load_state_dict({**self.gates.state_dict(), "current_step": self.step})
         loss = self.model.loss(*self.batch(self.step))
-        loss.backward()
+        (loss if self.gates is None else loss + self.gates.loss()).backward()
         return loss.item()
 
     def _team_loss(self, rate: float) -> float:
@@ -167,7 +180,11 @@ class Trainer:
     def validate(self, windows: list[Any], visible: int | None = None) -> Validation:
         """Scores windows of text; see `measure.validate`."""
         if self.team is None:
-            return validate(self.model, windows, self.device, visible)
+            self.model.eval()  # a gate picks without noise
+            try:
+                return validate(self.model, windows, self.device, visible)
+            finally:
+                self.model.train()
         self.team.tell("validate", windows, visible)
         with gathered_attention(self.model):
             try:
@@ -228,24 +245,6 @@ class Trainer:
         return validation_windows(self.corpus.validation, settings.context, settings.validation_bytes)
 
 
-def build_model(settings: Settings, *, spread: bool = False) -> ByteModel:
-    """The model of a run, freshly initialised; its attention comes from the public factory.
-
-    Args:
-        settings: Of the run.
-        spread: Whether the attention is over the slices of several processes.
-    """
-
-    def attention(layer: int) -> nn.Module:
-        if settings.attention == "dense":
-            return DenseAttention()
-        variant = "distributed" if spread else "base"
-        return create_block_sparse_attention(variant, sparse_config=shared, num_heads=config.heads)
-
-    config, shared = settings.model_config(), settings.sparse_config()
-    return ByteModel(config, attention, compute_dtype=getattr(torch, settings.dtype), seed=settings.seed)
-
-
 def train(
     run: Run,
     corpus: Corpus,
@@ -274,6 +273,9 @@ def train(
     settings = run.settings
     assert settings.steps is not None
     trainer = Trainer(settings, corpus, team)
+    if settings.start_from is not None and not run.started:
+        start_with(trainer.model, starting_weights(settings))
+        trainer.save(run.checkpoint)  # from here on the other run may change or go
     if run.started:
         trainer.load(run.checkpoint)
     run.rewind_metrics(trainer.step)
@@ -308,7 +310,7 @@ def train(
         run.close()
     # After the last checkpoint and at a learning rate of zero: the weights stay as they are.
     share = attention_share(trainer.model, trainer.probe_step)
-    density = density_met(trainer.model, settings)
+    density, config = density_met(trainer.model, settings), settings.sparse_config()
     return Result(
         validation=trainer.validate(windows, visible),
         steps=settings.steps,
@@ -318,17 +320,9 @@ def train(
         peak_memory=trainer.peak_memory,
         attention_share=share,
         parameters=sum(p.numel() for p in trainer.model.parameters()),
-        density_requested=1.0 if settings.attention == "dense" else settings.sparse_config().density,
+        density_requested=1.0 if config is None else config.density,
         density_met=density,
     )
-
-
-def density_met(model: ByteModel, settings: Settings) -> float:
-    """Active / allowed blocks of the layout the model trains on."""
-    if settings.attention == "dense":
-        return 1.0
-    layout = getattr(model.blocks[0].attention, "layout")  # noqa: B009
-    return layout(settings.context, is_causal=True).density
 
 
 def steps_within(

@@ -34,4 +34,6 @@ def tiny_settings(**changes: Any) -> Settings:
         "dtype": "float32",
         "threads": 1,
     }
+    if changes.get("attention") == "dense":
+        del values["block_size"], values["density"]
     return Settings(**{**values, **changes})
