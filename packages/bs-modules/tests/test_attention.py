@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from bs_memory import BufferPool
 from bs_modules import BlockSparseAttention, BlockSparseRingDilatedAttention, SparsePatternConfig
@@ -343,17 +344,34 @@ def test_inside_a_model_it_trains():
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_compiled_module_takes_prepared_plans_in_one_graph_and_others_with_a_break():
-    q, k, v = inputs(100)
+def test_a_compiled_module_is_one_graph_per_length_and_layout():
+    torch._dynamo.reset()
+    counter = CompileCounter()
     eager = BlockSparseRingDilatedAttention(sparse_config=SparsePatternConfig(sparsity_ratio=0.3, block_size=16))
-    prepared = deepcopy(eager)
-    prepared.prepare(100, is_causal=True)
-    whole = torch.compile(prepared, backend="aot_eager", fullgraph=True)
-    broken = torch.compile(deepcopy(eager), backend="aot_eager")
-    for compiled in (whole, broken):
+    compiled = torch.compile(eager, backend=counter, fullgraph=True)
+    for seq_len in (100, 100, 70, 130, 70):
+        q, k, v = inputs(seq_len)
         torch.testing.assert_close(compiled(q, k, v, is_causal=True), eager(q, k, v, is_causal=True))
-    broken.sparse_config.sparsity_ratio = eager.sparse_config.sparsity_ratio = 0.8
-    torch.testing.assert_close(broken(q, k, v, is_causal=True), eager(q, k, v, is_causal=True))
+    assert counter.frame_count == 3
+    before = eager(q, k, v, is_causal=True)
+    eager.sparse_config.sparsity_ratio = 0.8
+    torch.testing.assert_close(compiled(q, k, v, is_causal=True), eager(q, k, v, is_causal=True))
+    assert not torch.equal(eager(q, k, v, is_causal=True), before)
+
+
+def test_prepared_layers_that_are_compiled_one_by_one_share_a_graph():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    config = {"sparsity_ratio": 0.3, "block_size": 16}
+    layers = [BlockSparseRingDilatedAttention(sparse_config=dict(config)) for _ in range(10)]
+    x = want = inputs(100)[0]
+    for layer in layers:
+        layer.prepare(100, True)
+        want = layer(want, want, want, is_causal=True)
+        layer.compile(backend=counter, fullgraph=True)
+        x = layer(x, x, x, is_causal=True)
+    assert counter.frame_count == 1
+    torch.testing.assert_close(x, want)
 
 
 def test_prepare_needs_the_number_of_heads_where_they_differ():
@@ -421,6 +439,7 @@ def test_replicas_of_data_parallel_share_what_is_built_and_agree():
 def test_one_graph_serves_another_head_dim():
     module = BlockSparseRingDilatedAttention(sparse_config=SparsePatternConfig(sparsity_ratio=0.3, block_size=16))
     module.prepare(100)
+    torch._dynamo.reset()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     for dim in (16, 8, 24):  # from the second on, torch.compile takes the size for a variable
         q, k, v = inputs(100, dim=dim)

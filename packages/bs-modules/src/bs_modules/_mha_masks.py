@@ -52,7 +52,7 @@ def check_call(
         Whether the inputs are batched.
 
     Raises:
-        AssertionError: Ranks, widths, mask dtypes or a padding mask that do not fit, or a nested tensor.
+        AssertionError: Ranks, widths, mask dtypes or a padding mask that do not fit.
         RuntimeError: A shape of `attn_mask`, batch sizes or float mask dtypes that do not fit.
     """
     batched = query.dim() == 3
@@ -64,11 +64,6 @@ def check_call(
             "Support for mismatched key_padding_mask and attn_mask is deprecated. Use same type for both instead "
             f"(got {key_padding_mask.dtype} and {attn_mask.dtype}).",
             stacklevel=4,
-        )
-    if query.is_nested or key.is_nested or value.is_nested:
-        raise AssertionError(
-            "query, key, value: expected dense tensors, because block-sparse attention does not support NestedTensor; "
-            "an nn.TransformerEncoder stops making them when its use_nested_tensor is False"
         )
     if not batched and query.dim() != 2:
         raise AssertionError(

@@ -6,12 +6,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from operator import index
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from bs_kernels import LayoutPlan, block_sparse_attention, explain_backends
 from bs_memory import default_pool
@@ -19,6 +19,7 @@ from bs_patterns import BlockLayout, LongNetSegments
 
 from ._checks import check_flag, check_int
 from ._layouts import check_pairs, check_segments, share_equal_heads
+from ._tracing import TracedPlans, while_tracing
 from .config import CheckedConfig, SparsePatternConfig
 from .explain import Explanation, explain_call
 
@@ -150,10 +151,11 @@ class BlockSparseAttention(nn.Module):
     def prepare(
         self, seq_len: int | tuple[int, int], is_causal: bool = False, num_heads: int | None = None
     ) -> BlockLayout:
-        """Builds and caches layout and plan ahead of the first call; `torch.compile(fullgraph=True)` needs that.
+        """Builds and caches layout and plan ahead of the first call.
 
-        Call it again after `.to(device)` or a change of the configuration. Without it a compiled model works too, with
-        a graph break at every attention.
+        Without it the first call of a length does this, in a compiled model while it is traced. Prepare layers that are
+        compiled one by one: then they share one graph instead of having one each. Call this again after `.to(device)`
+        or a change of the configuration.
 
         Args:
             seq_len: Tokens, or a (query, key) pair.
@@ -325,14 +327,15 @@ class BlockSparseAttention(nn.Module):
         return self._layout_or_plan(q, k, is_causal), None
 
     def _layout_or_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> Any:
-        lengths, heads = (q.shape[1], k.shape[1]), q.shape[2]
         if not torch.compiler.is_compiling():
-            return self.layout(lengths, is_causal, heads)
-        for known in (heads, None):
-            key = (lengths, is_causal, known, q.device, self._fingerprint())
+            return self.layout((q.shape[1], k.shape[1]), is_causal, q.shape[2])
+        # A compiled graph serves one length and layout; `index` makes a constant of a size that is a variable.
+        lengths, heads = (index(q.shape[1]), index(k.shape[1])), index(q.shape[2])
+        for told in (heads, None):
+            key = (lengths, is_causal, told, q.device, self._fingerprint())
             if key in self._plans:
                 return self._plans[key]
-        return _plan_outside_graph(self, lengths, is_causal, heads, q.device)
+        return getattr(self._traced_plans, _plan_while_tracing(self, lengths, is_causal, heads, q.device))
 
     def _check_inputs(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -361,7 +364,7 @@ class BlockSparseAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        for name in ("_lock", "_layouts", "_plans"):  # rebuilt on demand; a lock cannot be copied
+        for name in ("_lock", "_layouts", "_plans", "_traced_plans"):  # rebuilt on demand; a lock cannot be copied
             del state[name]
         return state
 
@@ -372,7 +375,10 @@ class BlockSparseAttention(nn.Module):
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._layouts: OrderedDict[tuple[Any, ...], BlockLayout] = OrderedDict()
-        self._plans: dict[tuple[Any, ...], LayoutPlan] = {}  # by `prepare`, for compiled graphs
+        # For compiled graphs. One that finds its plan prepared serves other modules that have it too; one whose plan was
+        # made while tracing serves its module alone, and reads it from an attribute, which no later plan disturbs.
+        self._plans: dict[tuple[Any, ...], LayoutPlan] = {}
+        self._traced_plans = TracedPlans()
 
 
 class BlockSparseRingDilatedAttention(BlockSparseAttention):
@@ -429,12 +435,15 @@ class BlockSparseRingDilatedAttention(BlockSparseAttention):
         return size[0]
 
 
-# Only compiled code calls this one: its first call imports the compiler, which eager users never wait for.
-@_disable_dynamo
-def _plan_outside_graph(
+@while_tracing
+def _plan_while_tracing(
     module: BlockSparseAttention, lengths: tuple[int, int], is_causal: bool, num_heads: int, device: torch.device
-) -> LayoutPlan:
-    return LayoutPlan.build(module.layout(lengths, is_causal, num_heads), None, device, order=module.order)
+) -> str:
+    """Leaves a plan where the graph that is being traced looks for it; returns the attribute's name."""
+    key = (lengths, is_causal, num_heads, device, module._fingerprint())
+    return module._traced_plans.name_of(
+        key, lambda: LayoutPlan.build(module.layout(lengths, is_causal, num_heads), None, device, order=module.order)
+    )
 
 
 def _half_dtype(device: torch.device) -> torch.dtype:

@@ -6,17 +6,19 @@ Shapes: N batch, L queries, S keys, E embed_dim, H heads, D head_dim, X appended
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 
 from bs_patterns import BlockLayout
 
 from ._mha_masks import Masks, check_call, check_mask_dtypes, merge
+from ._mha_nested import check_nested, nest_like, pad_nested
 from ._mha_weights import Appended, append_keys, dense_weights, unit_values
+from ._tracing import while_tracing
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import SparsePatternConfig
 from .explain import Explanation
@@ -43,7 +45,8 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
       are equal to rounding.
     - `is_causal=True` without `attn_mask` is real causality, not an error.
     - A query whose keys are all masked gets zeros from the attention (so the output projection's bias), never NaN.
-    - Nested tensors and TorchScript are not supported.
+    - Nested tensors are padded to the longest sequence on the way, with gradients too.
+    - TorchScript is not supported.
 
     Args:
         embed_dim: Width of queries and of the output.
@@ -162,15 +165,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         else:
             _check_attention(attention, self.num_heads, self.dropout, arguments)
         self.attention = attention.train(self.training)
-        # nn.TransformerEncoderLayer in eval mode without gradients takes the weights and calls a fused dense operator
-        # instead of this module, unless this says that they are not packed.
-        self._qkv_same_embed_dim = False
-
-    def _reset_parameters(self) -> None:
-        shown = self._qkv_same_embed_dim
-        self._qkv_same_embed_dim = self.in_proj_weight is not None  # what nn.MultiheadAttention decides by
-        super()._reset_parameters()
-        self._qkv_same_embed_dim = shown
+        self.unfused = _Unfused()
 
     # -- the call ----------------------------------------------------------------------------------------------------
 
@@ -188,7 +183,8 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         """Attends, with the arguments of `nn.MultiheadAttention.forward`.
 
         Args:
-            query: `(L, E)`, `(L, N, E)`, or `(N, L, E)` with `batch_first`.
+            query: `(L, E)`, `(L, N, E)`, or `(N, L, E)` with `batch_first`, where it may be nested, `(N, *, E)`, as
+                then are `key` and `value`; masks are not possible then.
             key: `(S, kdim)`, `(S, N, kdim)`, or `(N, S, kdim)` with `batch_first`.
             value: `(S, vdim)`, `(S, N, vdim)`, or `(N, S, vdim)` with `batch_first`.
             key_padding_mask: `(N, S)` or `(S,)`; bool (**True = ignore the key**) or float (added to the scores).
@@ -208,6 +204,11 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             AssertionError: As `nn.MultiheadAttention`: ranks, widths, a padding mask or mask dtypes that do not fit.
             RuntimeError: As `nn.MultiheadAttention`: batch sizes, dtypes or an `attn_mask` that do not fit.
         """
+        if query.is_nested or key.is_nested or value.is_nested:
+            masks = (key_padding_mask, attn_mask)
+            check_nested(query, key, value, *masks, batch_first=self.batch_first, is_causal=bool(is_causal))
+            q, k, v, beyond = pad_nested(query, key, value)
+            return nest_like(query, *self.forward(q, k, v, beyond, need_weights, None, average_attn_weights, is_causal))
         q, k, v, masks, batched = self._prepared(query, key, value, key_padding_mask, attn_mask, is_causal)
         weights = None
         if need_weights and _is_spread(self.attention):
@@ -319,8 +320,8 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         if _empty(q, k):
             visible = torch.zeros(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
         elif _is_static(self.attention):
-            token_mask = _token_mask_outside_graph if torch.compiler.is_compiling() else _token_mask
-            visible = token_mask(self.attention, (q.shape[1], k.shape[1]), masks.causal, self.num_heads).to(q.device)
+            lengths = (index(q.shape[1]), index(k.shape[1]))
+            visible = _token_mask(self.attention, lengths, masks.causal, self.num_heads).to(q.device)
         else:
             wide, appended = unit_values(v, appended)
             out = self._attend(q, k, wide, masks, appended)
@@ -372,6 +373,8 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         `need_weights` adds a dense computation of the weights beside it, of L × S per head.
         """
         del need_weights, average_attn_weights
+        if query.is_nested:
+            query, key, value, key_padding_mask = pad_nested(query, key, value)
         q, k, v, masks, _ = self._prepared(query, key, value, key_padding_mask, attn_mask, is_causal)
         return self.attention.explain(q, k, v, masks.causal, **masks.arguments())
 
@@ -380,12 +383,23 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         return self.attention.get_pattern_stats(seq_len)
 
 
+class _Unfused(nn.Module):
+    """Never called. `nn.TransformerEncoderLayer` in eval mode without gradients would take the weights and call a fused
+    dense operator instead of the module, but for a hook anywhere inside, which that operator would pass by.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_hook(_unreached)
+
+
+def _unreached(*_: Any) -> None:
+    raise AssertionError("_Unfused is never called")
+
+
+@while_tracing
 def _token_mask(attention: BlockSparseAttention, lengths: tuple[int, int], is_causal: bool, num_heads: int) -> Tensor:
     return torch.from_numpy(attention.layout(lengths, is_causal, num_heads).token_mask())
-
-
-# For compiled code only: its first call imports the compiler, which eager users never wait for.
-_token_mask_outside_graph = _disable_dynamo(_token_mask)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

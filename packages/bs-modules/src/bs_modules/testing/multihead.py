@@ -173,3 +173,14 @@ def as_dense_call(module: BlockSparseRingMultiheadDilatedAttention, case: Case, 
         padding = torch.zeros(padding.shape, dtype=dtype).masked_fill(padding, -math.inf)
     whole = outside.expand(heads, -1, -1).repeat(case.batch or 1, 1, 1)
     return {**call, "attn_mask": whole if mask is None else whole + mask, "key_padding_mask": padding}
+
+
+def pair(
+    *args: Any, sparse_config: dict[str, Any] | None = None, **kwargs: Any
+) -> tuple[nn.MultiheadAttention, BlockSparseRingMultiheadDilatedAttention]:
+    """A dense and a block-sparse module of equal arguments and weights, the latter with a dense layout unless told."""
+    dense = nn.MultiheadAttention(*args, **kwargs)
+    config = sparse_config or {"sparsity_ratio": 1.0, "block_size": 4}
+    sparse = BlockSparseRingMultiheadDilatedAttention(*args, **kwargs, sparse_config=config)
+    sparse.load_state_dict(dense.state_dict())
+    return dense, sparse
