@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -66,7 +68,8 @@ def nest_like(query: Tensor, out: Tensor, weights: Tensor | None) -> tuple[Tenso
         weights = weights.masked_fill(beyond if weights.dim() == 3 else beyond.unsqueeze(1), 0)
     rows = [x[:length] for x, length in zip(out, lengths, strict=True)]
     if query.layout == torch.jagged:  # the same offsets, so that a residual connection can add it to the query
-        return torch.nested.nested_tensor_from_jagged(torch.cat(rows), query.offsets()), weights
+        jagged: Any = query
+        return torch.nested.nested_tensor_from_jagged(torch.cat(rows), jagged.offsets()), weights
     return torch.nested.as_nested_tensor(rows), weights
 
 
