@@ -23,7 +23,7 @@ test:  ## what the README names
 isolated:  ## each package alone, with what it declares and nothing else
 	for package in $(PACKAGES); do \
 		extra=; [ $$package = bs-modules ] && extra="--extra train"; \
-		HYPOTHESIS_PROFILE=dev uv run --isolated --locked --package $$package $$extra --no-default-groups --group test \
+		HYPOTHESIS_PROFILE=brief uv run --isolated --locked --package $$package $$extra --no-default-groups --group test \
 			python -m pytest packages/$$package -q || exit 1; \
 	done
 

@@ -1,4 +1,5 @@
-"""Hypothesis profiles for every test run: `dev` (quick, the default), `ci` (thorough) and `soak` (an hour or more)."""
+"""Hypothesis profiles: `dev` (quick, the default), `ci` (thorough), `soak` (an hour or more), and `brief`, for a run whose
+question is whether the tests run at all, as in an install of one package."""
 
 import os
 
@@ -6,6 +7,7 @@ from hypothesis import HealthCheck, settings
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=15, **_COMMON)
+settings.register_profile("brief", max_examples=3, **_COMMON)
 settings.register_profile("ci", max_examples=30, print_blob=True, **_COMMON)
 settings.register_profile("soak", max_examples=300, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
