@@ -1,5 +1,7 @@
-"""Hypothesis profiles: `dev` (quick, the default), `ci` (thorough), `soak` (an hour or more), and `brief`, for a run whose
-question is whether the tests run at all, as in an install of one package."""
+"""Hypothesis profiles: `dev` (quick, the default), `ci` (thorough), `soak` (an hour or more), and `brief`.
+
+The last is for runs that ask whether the tests work at all, as in an install of one package.
+"""
 
 import os
 
