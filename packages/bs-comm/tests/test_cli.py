@@ -39,12 +39,26 @@ def test_json_is_the_plan(capsys):
 
 
 def test_nodes_are_counted(capsys):
-    got = record(capsys, *WINDOW, "--ranks-per-node", "2")["node_rows"]
+    found = record(capsys, *WINDOW, "--ranks-per-node", "2")
+    got, staged = found["node_rows"], found["hierarchical"]
     plan = ExchangePlan.build(LocalWindow(128).layout(4096, causal=True), 4, kv_heads=8)
     assert got["within"] + got["across"] == plan.rows.sum()
     assert 0 < got["across_once"] == got["across"] < got["within"]
+    assert (staged["across_rows"], staged["within_rows"]) == (got["across_once"], got["within"])
+    assert staged["steps"] == [1, 1]
+    assert staged["transfer_seconds"]["forward"] > 0
+    assert record(capsys, *WINDOW)["hierarchical"] is None
     assert main([*WINDOW, "--ranks-per-node", "2"]) == 0
-    assert "between nodes" in capsys.readouterr().out
+    assert "in two stages" in capsys.readouterr().out
+
+
+def test_a_float8_wire_pays_for_its_scales(capsys):
+    got = record(capsys, *WINDOW, "--kv-heads", "2", "--dtype", "fp8", "--head-dim", "32")
+    plan = ExchangePlan.build(LocalWindow(128).layout(4096, causal=True), 4, kv_heads=2)
+    assert got["forward_bytes"] == plan.rows.sum() * (2 * 32 + 2 * 4)
+    sizes = {"kv_itemsize": 1, "kv_row_bytes": 8}
+    time = step_time(plan, CostModel(50e9, 1e-5, 4e14), 32, q_heads=8, **sizes)
+    assert got["time"]["seconds"] == pytest.approx(time.seconds, rel=1e-12)
 
 
 def test_json_has_no_infinity(capsys):

@@ -47,12 +47,18 @@ def train(rank, world, method, arguments, steps=300):
 MARGIN = {"topk": 1.02, "powersgd": 1.02, "bf16": 1.002, "fp16": 1.002}
 
 
+@pytest.fixture(scope="module")
+def plain(ranks):
+    """Training without compression."""
+    start = ranks.run(train, None, {}, 0, world_size=2)
+    trained = ranks.run(train, None, {}, world_size=2)
+    assert trained[0][0] < 0.5 * start[0][0], "the problem is learned at all"
+    return trained
+
+
 @pytest.mark.parametrize("method", list(MARGIN))
-def test_training_reaches_the_uncompressed_loss(ranks, method):
-    plain = ranks.run(train, None, {}, world_size=2)
+def test_training_reaches_the_uncompressed_loss(ranks, plain, method):
     squeezed = ranks.run(train, method, {}, world_size=2)
-    start = ranks.run(train, None, {}, 0, world_size=2)[0][0]
-    assert plain[0][0] < 0.5 * start, "the problem is learned at all"
     assert squeezed[0][0] <= MARGIN[method] * plain[0][0]
     assert torch.equal(squeezed[0][1], squeezed[1][1]), "all ranks have the same weights"
     assert not torch.equal(squeezed[0][1], plain[0][1]), "the hook did something"
@@ -93,6 +99,32 @@ def test_the_largest_go_first_and_the_rest_is_kept(ranks):
         assert second == [0, 0, 0, 6, 5, 5, 6, 0]
     for first, second in ranks.run(one_step, 0.5, False, world_size=2):
         assert first == second == [4, 4, 3.5, 0, 0, 0, 0, 3.5]
+
+
+def small_steps(rank, world, steps):
+    """A bucket whose share of the ratio pays for less than one entry a step: what has arrived after each step."""
+    weight = nn.Parameter(torch.zeros(5))
+    module = nn.Module()
+    module.weight = weight
+    module.forward = lambda: (weight * torch.arange(1.0, 6.0)).sum()
+    ddp = DistributedDataParallel(module)
+    state = compress_gradients(ddp, "topk", compression_ratio=0.1)
+    total, seen = torch.zeros(5), []
+    for _ in range(steps):
+        weight.grad = None
+        ddp().backward()
+        total += weight.grad
+        assert state.payload_bytes <= 0.1 * state.dense_bytes
+        seen.append(state.payload_bytes // 8)
+    return total.tolist(), seen
+
+
+def test_a_bucket_too_small_for_its_ratio_sends_every_few_steps(ranks):
+    for total, sent in ranks.run(small_steps, 16, world_size=2):
+        # 5 float32 values are 20 bytes, of which 2 may go: an entry of 8 bytes every fourth step.
+        assert sent == [(step + 1) // 4 for step in range(16)]
+        # The largest of what is kept goes first: entry 4 after 4 steps, 3 after 8, 4 again after 12, 2 after 16.
+        assert total == [0, 0, 16 * 3, 8 * 4, 12 * 5]
 
 
 def warns(rank, world):

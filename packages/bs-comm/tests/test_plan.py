@@ -9,17 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_comm import ExchangePlan, Placement
-from bs_comm.testing import layouts, model_matchings_hold, model_needs, model_work, plan_cases
+from bs_comm.testing import all_transfers, layouts, model_matchings_hold, model_needs, model_work, plan_cases
 from bs_patterns import BlockLayout
-
-
-def transfers(plan):
-    """All (sender, receiver, kv head, block) of a plan, as a list: repeats show."""
-    found = []
-    for s in range(plan.world_size):
-        for r in range(plan.world_size):
-            found += [(s, r, int(h), int(b)) for h, b in zip(*plan.transfer(s, r), strict=True)]
-    return found
 
 
 def tokens_of(plan, block):
@@ -31,7 +22,7 @@ def test_every_need_is_met_exactly_once(case):
     layout, place, kv_place, kv_heads = case
     plan = ExchangePlan.build(layout, place.world_size, (place, kv_place), kv_heads)
     needs = model_needs(layout, place, kv_place, kv_heads)
-    found = transfers(plan)
+    found = all_transfers(plan)
     assert len(found) == len(set(found))
     assert set(found) == needs
     for rank in range(plan.world_size):
@@ -82,7 +73,7 @@ def test_the_transposed_plan_takes_everything_home(case):
     plan = ExchangePlan.build(layout, place.world_size, (place, kv_place), kv_heads)
     home = plan.T
     assert home.T is plan
-    assert set(transfers(home)) == {(r, s, h, b) for s, r, h, b in transfers(plan)}
+    assert set(all_transfers(home)) == {(r, s, h, b) for s, r, h, b in all_transfers(plan)}
     assert model_matchings_hold(home)
     assert (home.step == plan.step.T).all()
     assert home.digest != plan.digest
@@ -112,7 +103,7 @@ def test_rows_within_and_across_nodes(case, ranks_per_node):
 def test_placements_by_name(layout, world, name):
     plan = ExchangePlan.build(layout, world, name)
     assert plan.placement.name == name
-    assert set(transfers(plan)) == model_needs(layout, plan.placement, plan.placement, layout.shape[0])
+    assert set(all_transfers(plan)) == model_needs(layout, plan.placement, plan.placement, layout.shape[0])
 
 
 @given(
@@ -127,7 +118,7 @@ def test_a_dense_ring_is_the_plan_of_the_full_layout(len_q, len_k, block, causal
     shape = (1, -(-len_q // block), -(-len_k // block))
     full = BlockLayout.from_dense(np.ones(shape, bool), block_size=block, seq_len=(len_q, len_k), causal=causal)
     sparse = ExchangePlan.build(full, world, places, 2)
-    assert transfers(dense) == transfers(sparse)
+    assert all_transfers(dense) == all_transfers(sparse)
     assert (dense.rows == sparse.rows).all()
     assert (dense.needed_rows == sparse.needed_rows).all()
     assert (dense.work == sparse.work).all()
@@ -140,8 +131,8 @@ def test_heads_that_share_a_kv_head_fetch_a_block_once():
     mask = np.zeros((4, 2, 2), bool)
     mask[:, 0, 1] = [True, True, False, False]
     layout = BlockLayout.from_dense(mask, block_size=4, seq_len=8)
-    assert transfers(ExchangePlan.build(layout, 2, kv_heads=2)) == [(1, 0, 0, 1)]
-    assert transfers(ExchangePlan.build(layout, 2, kv_heads=4)) == [(1, 0, 0, 1), (1, 0, 1, 1)]
+    assert all_transfers(ExchangePlan.build(layout, 2, kv_heads=2)) == [(1, 0, 0, 1)]
+    assert all_transfers(ExchangePlan.build(layout, 2, kv_heads=4)) == [(1, 0, 0, 1), (1, 0, 1, 1)]
 
 
 def test_pairs_without_traffic_cost_no_step():

@@ -104,9 +104,9 @@ def test_everything_arrives_and_comes_home(ranks, case, batch, dims):
     assert sum(sent for _, sent in results) == results[0][0], "bytes sent are the direct-exchange lower bound"
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("placement", ["contiguous", "zigzag", "stripe"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("placement", ["contiguous", "zigzag", "stripe"])
+@pytest.mark.parametrize("world", WORLDS)  # last, so that it changes least often: every change makes a new group
 def test_dense_rings(ranks, world, placement, causal):
     plan = ExchangePlan.build(None, world, placement, 2, seq_len=37, block_size=4, causal=causal)
     ranks.run(check_arrivals, plan, 2, (4, 4), world_size=world)
@@ -142,8 +142,8 @@ def test_attention_over_the_ring_is_attention(ranks, case):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("placement", ["contiguous", "zigzag", "stripe", "cost_balanced"])
+@pytest.mark.parametrize("world", WORLDS)
 def test_float32_shards_are_as_good_as_one_process(ranks, world, placement):
     layout = GlobalLocal(global_tokens=8, window_size=48).layout(203, block_size=16, causal=True)
     plan = ExchangePlan.build(layout, world, placement, 2)
@@ -383,7 +383,7 @@ def test_wrong_arguments_are_named(change, error, message):
 
 def test_misuse_is_told():
     plan = ExchangePlan.build(None, 1, seq_len=16, block_size=4)
-    with pytest.raises(ValueError, match="plan: expected a forward ExchangePlan"):
+    with pytest.raises(ValueError, match="plan: expected a direct forward ExchangePlan"):
         PackedRing(plan.T, batch=1, head_dim=4)
     with pytest.raises(ValueError, match="group: expected one of 2 ranks, but torch"):
         PackedRing(ExchangePlan.build(None, 2, seq_len=16, block_size=4), batch=1, head_dim=4)

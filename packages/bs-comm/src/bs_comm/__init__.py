@@ -2,12 +2,23 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .cost import CostModel, Phase, ScalingPoint, StepTime, hiding_bandwidth, scaling_curve, step_time
+from .cost import (
+    CostModel,
+    Phase,
+    ScalingPoint,
+    StepTime,
+    hiding_bandwidth,
+    hierarchical_transfer,
+    scaling_curve,
+    step_time,
+)
 from .health import RingMismatchError, RingPeerError
+from .hierarchy import HierarchicalPlan
 from .placement import Placement
 from .plan import ExchangePlan, NodeRows, Traffic
 
 if TYPE_CHECKING:
+    from .hierarchical_ring import HierarchicalRing
     from .hooks import TopKState, compress_gradients, topk_hook
     from .recovery import Survivors, regroup
     from .ring import Arrival, PackedRing
@@ -19,6 +30,8 @@ __all__ = [
     "Arrival",
     "CostModel",
     "ExchangePlan",
+    "HierarchicalPlan",
+    "HierarchicalRing",
     "NodeRows",
     "PackedRing",
     "Phase",
@@ -34,6 +47,7 @@ __all__ = [
     "__version__",
     "compress_gradients",
     "hiding_bandwidth",
+    "hierarchical_transfer",
     "regroup",
     "scaling_curve",
     "step_time",
@@ -43,6 +57,7 @@ __all__ = [
 # Planning needs numpy alone, so torch is imported with the first name that needs it.
 _WITH_TORCH = {
     "Arrival": "ring",
+    "HierarchicalRing": "hierarchical_ring",
     "PackedRing": "ring",
     "RollCall": "rollcall",
     "Survivors": "recovery",

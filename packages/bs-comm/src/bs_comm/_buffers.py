@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bs_memory import BufferPool
 
+from .plan import FLOAT8_ROW_BYTES
 from .wire import FLOAT8, RowSet, StepWire
 
 #: Buffers of failed rings: a peer that wakes up may still write into them, so they are never used again.
@@ -21,7 +22,7 @@ _QUARANTINE: list[Any] = []
 
 def scale_bytes(wire_dtype: torch.dtype) -> int:
     """Bytes that a row of K and of V takes beside its elements: a float32 scale for each on a float8 wire."""
-    return 2 * torch.float32.itemsize if wire_dtype == FLOAT8 else 0
+    return FLOAT8_ROW_BYTES if wire_dtype == FLOAT8 else 0
 
 
 class PackedBuffers:

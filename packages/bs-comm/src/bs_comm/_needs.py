@@ -69,7 +69,7 @@ def needs_of_layout(layout: BlockLayout, groups: int, q_owner: Ranks, kv_owner: 
     pair = np.concatenate(pairs)
     # Blocks ascend within (group, pair) and groups follow one another: after a stable sort items ascend per pair.
     order = np.argsort(pair.astype(np.uint16) if world <= 256 else pair, kind="stable")
-    return Needs(_starts(np.bincount(pair, minlength=world * world)), np.concatenate(items)[order], work, needed)
+    return Needs(starts_of(np.bincount(pair, minlength=world * world)), np.concatenate(items)[order], work, needed)
 
 
 def _shorten_last_row(layout: BlockLayout, work: Int64, q_owner: Ranks, kv_owner: Ranks, tokens: Int64) -> None:
@@ -108,10 +108,11 @@ def needs_of_dense(
         needed += seen[count]
         counts[sender] = count
         items.extend(mine[:n] for n in count.tolist())
-    return Needs(_starts(counts.ravel()), np.concatenate(items), work, needed)
+    return Needs(starts_of(counts.ravel()), np.concatenate(items), work, needed)
 
 
-def _starts(counts: Int64) -> Int64:
+def starts_of(counts: Int64) -> Int64:
+    """Where each of consecutive groups starts, and the end: ``int64[n + 1]``."""
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return starts

@@ -16,10 +16,11 @@ from bs_patterns import BlockLayout, LongNetSegments
 from bs_patterns import options as _options
 
 from . import _units
-from .cost import CostModel, hiding_bandwidth, scaling_curve, step_time
+from .cost import CostModel, hiding_bandwidth, hierarchical_transfer, scaling_curve, step_time
+from .hierarchy import HierarchicalPlan
 from .placement import PLACEMENTS
-from .plan import ExchangePlan
-from .report import plan_record, plan_report
+from .plan import FLOAT8_ROW_BYTES, ExchangePlan
+from .report import Nodes, plan_record, plan_report
 
 #: Bytes per element on the wire.
 ITEM_SIZES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
@@ -200,7 +201,11 @@ def _plan(options: argparse.Namespace, layout: BlockLayout | None, title: str) -
     def plan_of(world: int) -> ExchangePlan:
         return ExchangePlan.build(layout, world, options.placement, kv_heads, **dense)
 
-    sizes = {"kv_itemsize": ITEM_SIZES[options.dtype], "grad_itemsize": ITEM_SIZES[options.grad_dtype]}
+    sizes = {
+        "kv_itemsize": ITEM_SIZES[options.dtype],
+        "kv_row_bytes": FLOAT8_ROW_BYTES if options.dtype == "fp8" else 0,
+        "grad_itemsize": ITEM_SIZES[options.grad_dtype],
+    }
     step = {
         "value_head_dim": options.value_head_dim,
         "q_heads": q_heads,
@@ -216,9 +221,12 @@ def _plan(options: argparse.Namespace, layout: BlockLayout | None, title: str) -
     time = step_time(plan, model, options.head_dim, **step)
     curve = scaling_curve(plan_of, worlds, model, options.head_dim, **step)
     hiding = hiding_bandwidth(plan, model, options.head_dim, **step)
+    nodes = None
+    if options.ranks_per_node is not None:
+        staged = HierarchicalPlan.build(plan, options.ranks_per_node)
+        nodes = Nodes(staged, hierarchical_transfer(staged, model, options.head_dim, **step))
     if options.json:
-        record = plan_record(plan, traffic, time, curve, hiding, ranks_per_node=options.ranks_per_node)
-        return json.dumps(record, allow_nan=False)
+        return json.dumps(plan_record(plan, traffic, time, curve, hiding, nodes=nodes), allow_nan=False)
     title = (
         f"{title}, {plan.seq_len[1]:,} tokens over {world:,} ranks, {plan.placement.name}; "
         f"{q_heads} query and {kv_heads} kv heads × {options.head_dim}, {options.dtype}"
@@ -226,7 +234,7 @@ def _plan(options: argparse.Namespace, layout: BlockLayout | None, title: str) -
     ascii_only = not _is_printable("░▒▓█│┌┐└┘─×…–µ≤")
     return plan_report(
         plan, traffic, time, curve, hiding,
-        title=title, ranks_per_node=options.ranks_per_node, width=options.width, ascii_only=ascii_only,
+        title=title, nodes=nodes, width=options.width, ascii_only=ascii_only,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._check import boolean, integer, positive
+from .hierarchy import HierarchicalPlan
 from .plan import ExchangePlan
 
 Float64 = NDArray[np.floating]
@@ -166,6 +167,7 @@ def step_time(
     q_heads: int | None = None,
     batch: int = 1,
     kv_itemsize: int = 2,
+    kv_row_bytes: int = 0,
     grad_itemsize: int = 4,
     backward: bool = True,
     keep_kv: bool = False,
@@ -180,6 +182,7 @@ def step_time(
         q_heads: Query heads; default the layout's heads, or ``plan.kv_heads`` where all heads share the layout.
         batch: Sequences.
         kv_itemsize: Bytes per element of K and V on the wire.
+        kv_row_bytes: As in `ExchangePlan.traffic`.
         grad_itemsize: Bytes per element of dK and dV on the wire.
         backward: Count the backward pass too.
         keep_kv: Backward finds the remote K and V where forward left them, instead of fetching them again.
@@ -190,7 +193,8 @@ def step_time(
     if plan.is_transposed:
         raise ValueError("plan: expected a forward plan, got a transposed one; pass plan.T")
     traffic = plan.traffic(
-        head_dim, value_head_dim, batch=batch, kv_itemsize=kv_itemsize, grad_itemsize=grad_itemsize
+        head_dim, value_head_dim,
+        batch=batch, kv_itemsize=kv_itemsize, kv_row_bytes=kv_row_bytes, grad_itemsize=grad_itemsize,
     )  # fmt: skip
     value_dim = head_dim if value_head_dim is None else value_head_dim
     scores = plan.work * (batch * _heads_per_layout_head(plan, q_heads))
@@ -269,6 +273,26 @@ def _makespan(plan: ExchangePlan, compute: Float64, out: Float64, home: Float64 
             last = max(last, float(move(r, s, done[r], home[r, s]).max()))
         post(step + 2, done)
     return max(last, float(done.max()))
+
+
+def hierarchical_transfer(
+    plan: HierarchicalPlan, model: CostModel, head_dim: int, value_head_dim: int | None = None, **step: Any
+) -> tuple[float, ...]:
+    """Seconds that the transfers of each pass take alone, one stage after the other.
+
+    What a direct exchange takes is `Phase.transfer_seconds` of the direct plan.
+
+    Args:
+        plan: The two stages.
+        model: The machine; its nodes are those of the plan.
+        head_dim: As in `step_time`.
+        value_head_dim: As in `step_time`.
+        step: Further arguments of `step_time`.
+    """
+    if model.ranks_per_node != plan.ranks_per_node:
+        raise ValueError(f"model: expected {plan.ranks_per_node} ranks per node, got {model.ranks_per_node}")
+    stages = [step_time(stage, model, head_dim, value_head_dim, **step).phases for stage in (plan.across, plan.within)]
+    return tuple(across.transfer_seconds + within.transfer_seconds for across, within in zip(*stages, strict=True))
 
 
 def hiding_bandwidth(plan: ExchangePlan, model: CostModel, head_dim: int, **step: Any) -> float:

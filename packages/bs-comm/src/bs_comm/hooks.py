@@ -56,8 +56,13 @@ class TopKState:
         self.error_feedback = boolean("error_feedback", self.error_feedback)
 
     def entries(self, numel: int, itemsize: int) -> int:
-        """How many of ``numel`` values fit into the ratio with their indices; at least one."""
-        return max(1, int(self.compression_ratio * numel * itemsize) // (itemsize + _INDEX_BYTES))
+        """How many of ``numel`` values may go next, so that all that was ever sent keeps to the ratio.
+
+        What a bucket's share does not pay for (a value and its index) is left to those after it: a bucket too small to
+        send anything at once sends something every few steps.
+        """
+        allowed = int(self.compression_ratio * (self.dense_bytes + numel * itemsize)) - self.payload_bytes
+        return min(numel, max(0, allowed) // (itemsize + _INDEX_BYTES))
 
 
 def topk_hook(state: TopKState, bucket: GradBucket) -> Future[Tensor]:
@@ -82,11 +87,15 @@ def topk_hook(state: TopKState, bucket: GradBucket) -> Future[Tensor]:
         gradient[index] = 0
         for parameter, rest in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             state.residuals[id(parameter)] = rest
+    _count(state, values_kept * (gradient.element_size() + _INDEX_BYTES), gradient.nbytes, world)
+    if not values_kept:  # The same on every rank.
+        nothing: Future[Tensor] = Future(devices=[gradient.device] if gradient.is_cuda else None)
+        nothing.set_result(bucket.buffer().zero_())
+        return nothing
     payload = torch.cat((index.to(torch.int32).view(torch.uint8), values.view(torch.uint8)))
     everyone = torch.empty(world * payload.numel(), dtype=torch.uint8, device=payload.device)
     work = dist.all_gather_into_tensor(everyone, payload, group=group, async_op=True)
     assert work is not None
-    _count(state, payload.numel(), gradient.numel() * gradient.element_size(), world)
 
     def add_up(_: Future[Any]) -> Tensor:
         mean = bucket.buffer().zero_()

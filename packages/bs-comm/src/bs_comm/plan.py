@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
+#: Beside its elements, a row of K and of V on a float8 wire takes a float32 scale each.
+FLOAT8_ROW_BYTES = 8
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -76,6 +79,7 @@ class ExchangePlan:
         block_size: (query, key) block sizes in tokens.
         causal: Whether keys after the query are dropped.
         is_transposed: Whether items travel home (dK, dV) instead of out (K, V); see `T`.
+        is_stage: Whether this is one stage of a `HierarchicalPlan`, and so no exchange by itself.
         step: ``int32[world, world]``: the step of a transfer, from 1; 0 where nothing is sent.
         work: ``int64[world, world]``: query tokens × key tokens of active blocks by (key owner, query owner), summed
             over the layout's heads. The diagonal needs no transfer. A block that a token mask cuts counts in full.
@@ -92,6 +96,7 @@ class ExchangePlan:
     work: Int64
     _needs: Needs
     _groups: int
+    is_stage: bool = False
 
     @classmethod
     def build(

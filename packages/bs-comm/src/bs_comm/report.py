@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ._units import show_bytes, show_seconds
 from .cost import Phase, ScalingPoint, StepTime
-from .plan import ExchangePlan, Traffic
+from .hierarchy import HierarchicalPlan
+from .plan import ExchangePlan, NodeRows, Traffic
 
 _SHADES = np.array([" ", "░", "▒", "▓", "█"])
 _ASCII_SHADES = np.array([" ", ".", "+", "*", "#"])
@@ -22,6 +23,24 @@ _STEPS_SHOWN = 8
 _PASSES = ("forward", "backward")
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """What nodes change.
+
+    Attributes:
+        staged: The exchange in two stages.
+        seconds: What its transfers take alone, by pass.
+    """
+
+    staged: HierarchicalPlan
+    seconds: tuple[float, ...]
+
+    @property
+    def rows(self) -> NodeRows:
+        """Rows of the direct exchange, and how many of them cross for the first time."""
+        return self.staged.direct.node_rows(self.staged.ranks_per_node)
+
+
 def plan_report(
     plan: ExchangePlan,
     traffic: Traffic,
@@ -30,7 +49,7 @@ def plan_report(
     hiding: float,
     *,
     title: str,
-    ranks_per_node: int | None = None,
+    nodes: Nodes | None = None,
     width: int = 64,
     ascii_only: bool = False,
 ) -> str:
@@ -43,12 +62,16 @@ def plan_report(
         curve: Its scaling curve, possibly empty.
         hiding: From `hiding_bandwidth`.
         title: First line.
-        ranks_per_node: Count what crosses between nodes.
+        nodes: Count what crosses between nodes, directly and in two stages.
         width: Widest picture, in characters.
         ascii_only: Use no characters beyond ASCII.
     """
-    parts = [title, _summary(plan, traffic, ranks_per_node), _steps(plan, traffic), _picture(plan, width, ascii_only)]
-    parts += [_times(time, hiding), *([_scaling(curve)] if curve else [])]
+    parts = [title, _summary(plan, traffic), _steps(plan, traffic), _picture(plan, width, ascii_only)]
+    parts.append(_times(time, hiding))
+    if nodes is not None:
+        parts.append(_nodes(nodes, time))
+    if curve:
+        parts.append(_scaling(curve))
     text = "\n\n".join(parts)
     return text.translate(_ASCII) if ascii_only else text
 
@@ -60,7 +83,7 @@ def plan_record(
     curve: Sequence[ScalingPoint],
     hiding: float,
     *,
-    ranks_per_node: int | None = None,
+    nodes: Nodes | None = None,
 ) -> dict[str, Any]:
     """The same as numbers, for JSON: bytes, seconds; infinite bandwidth is None."""
 
@@ -90,7 +113,15 @@ def plan_record(
         "backward_bytes": int(traffic.backward.sum()),
         "backward_bound_bytes": traffic.backward_bound,
         "share_of_dense_ring": _share(plan),
-        "node_rows": None if ranks_per_node is None else asdict(plan.node_rows(ranks_per_node)),
+        "node_rows": None if nodes is None else asdict(nodes.rows),
+        "hierarchical": None
+        if nodes is None
+        else {
+            "across_rows": int(nodes.staged.across.rows.sum()),
+            "within_rows": int(nodes.staged.within.rows.sum()),
+            "steps": [nodes.staged.across.num_steps, nodes.staged.within.num_steps],
+            "transfer_seconds": dict(zip(_PASSES, nodes.seconds, strict=False)),
+        },
         "forward_bytes_by_pair": traffic.forward.tolist(),
         "time": step(time),
         "hiding_bandwidth": None if np.isinf(hiding) else hiding,
@@ -110,7 +141,7 @@ def _range(values: NDArray[np.int64]) -> str:
     return f"{low:,}" if low == high else f"{low:,} – {high:,}"
 
 
-def _summary(plan: ExchangePlan, traffic: Traffic, ranks_per_node: int | None) -> str:
+def _summary(plan: ExchangePlan, traffic: Traffic) -> str:
     def moved(matrix: NDArray[np.int64], bound: int) -> str:
         sent, got = int(matrix.sum(1).max()), int(matrix.sum(0).max())
         return (
@@ -130,11 +161,6 @@ def _summary(plan: ExchangePlan, traffic: Traffic, ranks_per_node: int | None) -
         ("receive buffers", f"2 × {show_bytes(largest)} at most, per rank"),
         ("steps", f"{plan.num_steps} (a dense ring takes {plan.world_size - 1})"),
     ]  # fmt: skip
-    if ranks_per_node is not None:
-        node = plan.node_rows(ranks_per_node)
-        all_rows = max(1, int(plan.rows.sum()))
-        crossing, once = node.across / all_rows, node.across_once / all_rows
-        rows.append(("between nodes", f"{crossing:.1%} of the traffic; {once:.1%} if a node fetched each block once"))
     return _aligned(rows)
 
 
@@ -180,6 +206,26 @@ def _times(time: StepTime, hiding: float) -> str:
     open_passes = [name for name, phase in zip(_PASSES, time.phases, strict=False) if not phase.is_hidden]
     verdict = f"adds time {' and '.join(open_passes)}" if open_passes else "hides behind compute"
     return _aligned(lines, right=True) + f"\ncommunication {verdict}; {limit}"
+
+
+def _nodes(nodes: Nodes, time: StepTime) -> str:
+    """The direct exchange beside the one in two stages: key rows by kind of link, steps, seconds without compute."""
+    staged, rows = nodes.staged, nodes.rows
+    lines: list[tuple[str, ...]] = [("exchange", "between nodes", "busiest rank", "inside nodes", "steps", *(
+        f"{name} transfers" for name in _PASSES[: len(nodes.seconds)])
+    )]  # fmt: skip
+    node = np.arange(staged.direct.world_size) // staged.ranks_per_node
+    far = np.where(node[:, None] != node, staged.direct.rows, 0)
+    alone = tuple(phase.transfer_seconds for phase in time.phases)
+    for name, across, within, steps, seconds in (
+        ("direct", far, rows.within, str(staged.direct.num_steps), alone),
+        ("in two stages", staged.across.rows, int(staged.within.rows.sum()),
+         f"{staged.across.num_steps} + {staged.within.num_steps}", nodes.seconds),
+    ):  # fmt: skip
+        busiest = max(int(across.sum(0).max()), int(across.sum(1).max()))
+        lines.append((name, f"{int(across.sum()):,} rows", f"{busiest:,} rows", f"{within:,} rows", steps,
+                      *(show_seconds(s) for s in seconds)))  # fmt: skip
+    return _aligned(lines, right=True) + "\nthe ring runs the direct exchange; the other is counted"
 
 
 def _phase_cells(phase: Phase) -> tuple[str, ...]:

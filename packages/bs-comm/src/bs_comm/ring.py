@@ -122,8 +122,8 @@ class PackedRing:
         hop_timeout: float = DEFAULT_HOP_TIMEOUT,
         channel: int = 0,
     ) -> None:
-        if not isinstance(plan, ExchangePlan) or plan.is_transposed:
-            raise ValueError(f"plan: expected a forward ExchangePlan, got {plan!r}")
+        if not isinstance(plan, ExchangePlan) or plan.is_transposed or plan.is_stage:
+            raise ValueError(f"plan: expected a direct forward ExchangePlan, got {plan!r}")
         self.plan = plan
         if plan.num_steps > STEPS:
             raise ValueError(f"plan: expected at most {STEPS} steps, got {plan.num_steps}")

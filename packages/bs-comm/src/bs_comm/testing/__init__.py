@@ -2,13 +2,14 @@
 
 from .attention import dense_attention, ring_attention
 from .links import slow_links
-from .model import model_matchings_hold, model_needs, model_work
+from .model import all_transfers, model_matchings_hold, model_needs, model_work
 from .ranks import RankError, RankPool
 from .strategies import layouts, owners, plan_cases
 
 __all__ = [
     "RankError",
     "RankPool",
+    "all_transfers",
     "dense_attention",
     "layouts",
     "model_matchings_hold",

@@ -59,3 +59,9 @@ def model_matchings_hold(plan: ExchangePlan) -> bool:
         seen.update(pairs)
     wanted = {(s, r) for s in range(plan.world_size) for r in range(plan.world_size) if len(plan.transfer(s, r)[0])}
     return set(seen) == wanted and all(n == 1 for n in seen.values())
+
+
+def all_transfers(plan: ExchangePlan) -> list[tuple[int, int, int, int]]:
+    """All (sender, receiver, kv head, key block) of a plan, as a list: repeats show."""
+    world = range(plan.world_size)
+    return [(s, r, int(h), int(b)) for s in world for r in world for h, b in zip(*plan.transfer(s, r), strict=True)]

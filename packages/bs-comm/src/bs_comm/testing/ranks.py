@@ -162,7 +162,8 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", __name__])
+    # DDP and custom ops import dynamo at their first use, seconds in every rank anew.
+    context.set_forkserver_preload(["torch.distributed", "torch._dynamo", __name__])
     return context
 
 
