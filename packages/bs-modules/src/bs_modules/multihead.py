@@ -165,7 +165,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         else:
             _check_attention(attention, self.num_heads, self.dropout, arguments)
         self.attention = attention.train(self.training)
-        self.unfused = _Unfused()
+        self._unfused = _Unfused()
 
     # -- the call ----------------------------------------------------------------------------------------------------
 

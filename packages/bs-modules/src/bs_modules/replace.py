@@ -47,7 +47,7 @@ def replace_attention(
     """Replaces every `nn.MultiheadAttention` inside a model by `BlockSparseRingMultiheadDilatedAttention`, in place.
 
     Parameters, hooks and settings are carried over as the same objects, so optimizers, tied weights and handles stay
-    valid. Every `nn.TransformerEncoder` above a replaced module stops making nested tensors, which it does not take.
+    valid. Every `nn.TransformerEncoder` above a replaced module stops nesting tensors that would be padded again.
 
     Args:
         model: Is changed. The model itself must not be the `nn.MultiheadAttention`: use
