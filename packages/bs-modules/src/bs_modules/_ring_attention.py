@@ -56,14 +56,26 @@ class RingCall:
         """The ring; opened again if others have taken its place since."""
         return self.session.ring(*self.open_ring.key).ring
 
-    def part(self, arrival: Arrival, bias: Tensor | None) -> tuple[Any, dict[str, Any]]:
+    def sent(self, x: Tensor) -> Tensor:
+        """Own keys or values as the ring moves them."""
+        return x
+
+    def came(self, x: Tensor) -> Tensor:
+        """Undoes `sent`: keys, values or gradients ``[B, T, H, ·]`` from what the ring moves."""
+        return x
+
+    def part(self, arrival: Arrival, bias: Tensor | None, block_bias: Tensor | None) -> tuple[Any, dict[str, Any]]:
         """(kernel plan, keyword arguments) of the partial kernels for an arrival; ``bias`` covers all N keys."""
-        plan = self.open_ring.kernel_plan(arrival, self.order)
         arguments = self.arguments(arrival)
         if bias is not None:
             one_for_all = bias.shape[-1] == 1
             arguments["attn_bias"] = bias if one_for_all else bias[..., self.open_ring.columns(arrival)]
-        return plan, arguments
+        del block_bias  # there is none where the layout is known without the input
+        return self.open_ring.kernel_plan(arrival, self.order), arguments
+
+    def add_block_bias(self, total: Tensor, arrival: Arrival, share: Tensor) -> None:
+        """Add an arrival's share of the gradient of ``block_bias``."""
+        raise NotImplementedError
 
     def arguments(self, arrival: Arrival) -> dict[str, Any]:
         """Keyword arguments of any attention over an arrival, but for a bias."""
@@ -83,17 +95,19 @@ class RingAttention(torch.autograd.Function):
     """(out ``[B, S, Hq, E]`` in the dtype of q, lse ``[B, Hq, S]``) of this rank's queries over every rank's keys."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, call: RingCall) -> Any:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, block_bias: Tensor | None, call: RingCall
+    ) -> Any:
         """Merge the parts as they arrive."""
         merged: list[Tensor] = []
 
         def merge(arrival: Arrival) -> None:
-            plan, arguments = call.part(arrival, bias)
-            add_part(merged, *partial_forward(q, arrival.k, arrival.v, plan, **arguments))
+            plan, arguments = call.part(arrival, bias, block_bias)
+            add_part(merged, *partial_forward(q, call.came(arrival.k), call.came(arrival.v), plan, **arguments))
 
         keep = call.keep_kv and any(ctx.needs_input_grad)
-        with reported(call):
-            ctx.kept = call.ring().forward(k, v, merge, keep=keep)
+        with reported(call.session):
+            ctx.kept = call.ring().forward(call.sent(k), call.sent(v), merge, keep=keep)
         if not merged:
             wide = torch.promote_types(q.dtype, torch.float32)
             merged = [
@@ -101,7 +115,7 @@ class RingAttention(torch.autograd.Function):
                 q.new_full((q.shape[0], q.shape[2], q.shape[1]), NEG_INF, dtype=wide),
             ]
         out, lse = merged[0].to(q.dtype), merged[1]
-        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.save_for_backward(q, k, v, bias, block_bias, out, lse)
         ctx.call = call
         ctx.set_materialize_grads(False)
         return out, lse
@@ -110,7 +124,7 @@ class RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Differentiate part by part against the merged LSE; dK and dV go home to their owners."""
-        q, k, v, bias, out, lse = ctx.saved_tensors
+        q, k, v, bias, block_bias, out, lse = ctx.saved_tensors
         call: RingCall = ctx.call
         # A rank whose loss ignores the output still has shares of the others' gradients to compute: none of its own.
         dout = torch.zeros_like(out) if dout is None else dout
@@ -119,29 +133,36 @@ class RingAttention(torch.autograd.Function):
         dbias = None
         if bias is not None and bias.is_floating_point() and ctx.needs_input_grad[3]:
             dbias = torch.zeros(bias.shape, dtype=lse.dtype, device=bias.device)
+        dblock = None if block_bias is None else torch.zeros(block_bias.shape, dtype=lse.dtype, device=q.device)
 
         def differentiate(arrival: Arrival) -> tuple[Tensor, Tensor]:
-            plan, arguments = call.part(arrival, bias)
-            got = partial_backward(dout, delta, lse, q, arrival.k, arrival.v, plan, **arguments)
+            plan, arguments = call.part(arrival, bias, block_bias)
+            got = partial_backward(
+                dout, delta, lse, q, call.came(arrival.k), call.came(arrival.v), plan, **arguments
+            )  # fmt: skip
             dq.add_(got.q)
+            if dblock is not None and got.block_bias is not None:
+                call.add_block_bias(dblock, arrival, got.block_bias)
             if dbias is not None and got.attn_bias is not None:
                 if dbias.shape[-1] == 1:
                     dbias.add_(got.attn_bias)
                 else:
                     dbias.index_add_(-1, call.open_ring.columns(arrival), got.attn_bias.to(dbias.dtype))
-            return got.k, got.v
+            return call.sent(got.k), call.sent(got.v)
 
-        with reported(call):
-            dk, dv = call.ring().backward(k, v, differentiate, kept=ctx.kept)
+        with reported(call.session):
+            home = call.ring().backward(call.sent(k), call.sent(v), differentiate, kept=ctx.kept)
+        dk, dv = (call.came(x) for x in home)
         grad_bias = None if dbias is None or bias is None else dbias.to(bias.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), grad_bias, None
+        grad_block = None if dblock is None or block_bias is None else dblock.to(block_bias.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), grad_bias, grad_block, None
 
 
 class reported:
     """Tell the group of a failure, so that nobody waits for this rank in the next call."""
 
-    def __init__(self, call: RingCall) -> None:
-        self._session = call.session
+    def __init__(self, session: RingSession) -> None:
+        self._session = session
 
     def __enter__(self) -> None:
         pass

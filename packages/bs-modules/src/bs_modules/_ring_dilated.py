@@ -124,7 +124,7 @@ class DilatedRing(torch.autograd.Function):
                 add_part(so_far, *call.part(group, q_wide, arrival, k_wide, v_wide, call.columns(bias, arrival)))
 
         keep = call.ring.keep_kv and any(ctx.needs_input_grad)
-        with reported(call.ring):
+        with reported(call.ring.session):
             ctx.kept = call.ring.ring().forward(k, v, merge, keep=keep)
         for so_far in merged:
             if not so_far:
@@ -189,7 +189,7 @@ class DilatedRing(torch.autograd.Function):
                     dbias.index_add_(-1, call.ring.open_ring.columns(arrival), got[3].to(wide))
             return got[1], got[2]
 
-        with reported(call.ring):
+        with reported(call.ring.session):
             dk, dv = call.ring.ring().backward(k, v, differentiate, kept=ctx.kept)
         grad_bias = None if dbias is None or bias is None else dbias.to(bias.dtype)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), grad_bias, None

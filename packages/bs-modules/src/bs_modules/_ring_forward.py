@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,23 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._head_exchange import ToHeads, ToTokens
-from ._ring_attention import RingAttention, RingCall
+from ._ring_attention import RingAttention, RingCall, reported
 from ._ring_checks import four_dims, nothing
 from ._ring_dilated import DilatedCall, DilatedRing, common_block, segment_blocks
+from ._ring_gate import GatedCall, pick_or_cached, share_parameters
 from ._ring_operands import Operands, share_of_heads
-from ._ring_session import session_of
+from ._ring_session import RingSession, session_of
 from .adaptive import BlockSparseAdaptive
 from .attention import _half_dtype
 from .dilated import DilatedAttention
 
 
-def check_spreads(module: Any) -> None:
-    """Refuses an attention that is more than one softmax over a layout of blocks."""
-    if isinstance(module.attention, BlockSparseAdaptive):
-        raise ValueError(
-            "attention: expected one whose layout is known without the input, because no rank has the whole "
-            "sequence, got a BlockSparseAdaptive; use its freeze(samples), or update_pattern"
-        )
+def check_spreads(module: Any, segment_ids: Any) -> None:
+    """Refuses an attention that is more than one softmax over a layout of blocks, and what that attention refuses."""
+    if isinstance(module.attention, BlockSparseAdaptive) and segment_ids is not None:
+        raise ValueError("segment_ids: expected None for a live gate over several ranks, which pools whole blocks")
     if isinstance(module.attention, DilatedAttention):
         if module.distributed_config.placement != "contiguous":
             raise ValueError(
@@ -41,20 +40,39 @@ def check_spreads(module: Any) -> None:
             raise ValueError("group: expected one dimension for a DilatedAttention, whose heads differ by number")
 
 
+@dataclass(frozen=True)
+class Told:
+    """What ranks that share heads have agreed on before the ring.
+
+    Attributes:
+        heads: Which of how many equal shares of heads this rank has.
+        session: Of the group that shares heads.
+        seeds: (of the gate's noise, of dropout).
+    """
+
+    heads: tuple[int, int]
+    session: RingSession
+    seeds: tuple[int, int]
+
+
 def over_ring(
-    module: Any, x: Operands, is_causal: bool, dropout: float, heads: tuple[int, int] = (0, 1)
+    module: Any, x: Operands, is_causal: bool, dropout: float, *, is_new: bool = False, told: Told | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of this ring rank's tokens; the heads are the first of the pair among as many equal shares."""
+    """(out, lse) of this ring rank's tokens, for all heads or the share that it was told of."""
     config = module.distributed_config
+    heads = (0, 1) if told is None else told.heads
+    gate = module.attention if isinstance(module.attention, BlockSparseAdaptive) else None
     session = session_of(dist.group.WORLD if module._group is None else module._group, config.hop_timeout, x.q.device)
-    found = session.agree(*x.words(is_causal, dropout))
+    found = session.agree(*x.words(is_causal, dropout, gate, None if told is None else told.seeds, is_new))
     lengths = np.stack((found["query tokens"], found["key tokens"]))
     if x.q.shape[0] == 0 or lengths.sum(1).min() == 0:
         return nothing(x.q, x.k, x.v)
     totals = int(lengths[0].sum()), int(lengths[1].sum())
     module._last_call = (totals[0], is_causal)
     dilated = module.attention if isinstance(module.attention, DilatedAttention) else None
-    if dilated is None:
+    if gate is not None:
+        layout = module._room_layout(totals, is_causal, x.q.shape[2] * heads[1])
+    elif dilated is None:
         layout = share_of_heads(module.layout(totals, is_causal, x.q.shape[2] * heads[1]), *heads)
     elif (lengths[0] != lengths[1]).any():
         raise ValueError(f"k: expected the tokens of q for a DilatedAttention, got shards of {lengths.tolist()}")
@@ -62,33 +80,49 @@ def over_ring(
         block = common_block(lengths[0].tolist())
         layout = segment_blocks(totals[0], dilated.segment_lengths or (), is_causal, block)
     places = module._placements.of(config.placement, layout, session.world_size, lengths)
-    plan = module._last_plan = session.plan(layout, places, x.k.shape[2])
-    call = RingCall(
-        session=session,
-        open_ring=session.ring(
-            plan, x.q.shape[0], (x.k.shape[3], x.v.shape[3]), x.k.dtype, x.k.device, config.wire_dtype,
-            module.use_memory_pool,
-        ),
-        key_padding=None if x.key_padding is None else session.whole(x.key_padding, places[1]),
-        q_segments=x.q_segments,
-        kv_segments=None if x.kv_segments is None else session.whole(x.kv_segments, places[1]),
-        scale=module.scale,
-        dropout_p=dropout,
-        dropout_seed=int(found["dropout seed"][0]) if dropout else None,
-        order=module.order,
-        deterministic=module.deterministic,
-        backend=module.backend,
-        keep_kv=config.keep_kv,
-    )  # fmt: skip
     bias = four_dims(x.bias, x.q, totals[1])
+    pick = None
+    if gate is None:
+        plan = session.plan(layout, places, x.k.shape[2])
+    else:
+        with reported(session):
+            if is_new:
+                share_parameters(gate, session)
+            share_heads = None if told is None else told.session
+            seed = int(found["gate seed"][0])
+            pick, plan = pick_or_cached(gate, session, x, places, is_causal, seed, heads, share_heads)
+    module._last_plan = plan
+    common: dict[str, Any] = {
+        "session": session,
+        "open_ring": session.ring(
+            plan, x.q.shape[0] if gate is None else 1, (x.k.shape[3], x.v.shape[3]), x.k.dtype, x.k.device,
+            config.wire_dtype, module.use_memory_pool,
+        ),
+        "key_padding": None if x.key_padding is None else session.whole(x.key_padding, places[1]),
+        "q_segments": x.q_segments,
+        "kv_segments": None if x.kv_segments is None else session.whole(x.kv_segments, places[1]),
+        "scale": module.scale,
+        "dropout_p": dropout,
+        "dropout_seed": int(found["dropout seed"][0]) if dropout else None,
+        "order": module.order,
+        "deterministic": module.deterministic,
+        "backend": module.backend,
+        "keep_kv": config.keep_kv,
+    }  # fmt: skip
+    if pick is not None:
+        call = GatedCall(**common, pick=pick, batch=x.q.shape[0], tokens=x.q.shape[1])
+        return RingAttention.apply(x.q, x.k, x.v, bias, pick.bias, call)  # pyright: ignore[reportReturnType]
+    call = RingCall(**common)
     if dilated is None:
-        return RingAttention.apply(x.q, x.k, x.v, bias, call)  # pyright: ignore[reportReturnType]
+        return RingAttention.apply(x.q, x.k, x.v, bias, None, call)  # pyright: ignore[reportReturnType]
     start = int(lengths[0][: session.rank].sum())
     dilated_call = DilatedCall(call, dilated, is_causal, start)
     return DilatedRing.apply(x.q, x.k, x.v, bias, dilated_call)  # pyright: ignore[reportReturnType]
 
 
-def over_heads(module: Any, x: Operands, is_causal: bool, dropout: float) -> tuple[Tensor, Tensor]:
+def over_heads(
+    module: Any, x: Operands, is_causal: bool, dropout: float, *, is_new: bool = False
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same where ranks share heads: tokens for heads, the ring, and back."""
     rank, ranks = module._heads()
     for name, given in (("attn_bias", x.bias is not None), ("dropout", dropout > 0)):
@@ -97,11 +131,14 @@ def over_heads(module: Any, x: Operands, is_causal: bool, dropout: float) -> tup
     for name, heads in (("q", x.q.shape[2]), ("k", x.k.shape[2])):
         if heads % ranks:
             raise ValueError(f"{name}: expected a multiple of {ranks} heads, shared by {ranks} ranks, got {heads}")
+    gate = module.attention if isinstance(module.attention, BlockSparseAdaptive) else None
     session = session_of(module._head_group, module.distributed_config.hop_timeout, x.q.device)
-    found = session.agree(*x.words(is_causal, dropout))
+    found = session.agree(*x.words(is_causal, dropout, gate, None, is_new))
     queries, keys = found["query tokens"].tolist(), found["key tokens"].tolist()
     if x.q.shape[0] == 0:
         return nothing(x.q, x.k, x.v)
+    if gate is not None and is_new:
+        share_parameters(gate, session)
     roll_call = session.roll_call
 
     def together(tokens: Tensor | None, lengths: list[int]) -> Tensor | None:
@@ -109,12 +146,16 @@ def over_heads(module: Any, x: Operands, is_causal: bool, dropout: float) -> tup
             return None
         return torch.cat(roll_call.tensors(tokens.transpose(0, 1), lengths)).transpose(0, 1)
 
+    q, k, v = (ToHeads.apply(y, roll_call, n) for y, n in zip((x.q, x.k, x.v), (queries, keys, keys), strict=True))
+    seen = (q, k)
+    if gate is not None and x.given[0] is not x.q:
+        seen = tuple(ToHeads.apply(y, roll_call, n) for y, n in zip(x.given, (queries, keys), strict=True))
     gathered = Operands(
-        ToHeads.apply(x.q, roll_call, queries), ToHeads.apply(x.k, roll_call, keys),
-        ToHeads.apply(x.v, roll_call, keys), together(x.key_padding, keys), together(x.q_segments, queries),
-        together(x.kv_segments, keys), None,
+        q, k, v, together(x.key_padding, keys), together(x.q_segments, queries), together(x.kv_segments, keys), None,
+        seen,
     )  # fmt: skip
-    out, lse = over_ring(module, gathered, is_causal, dropout, heads=(rank, ranks))
+    told = Told((rank, ranks), session, (int(found["gate seed"][0]), int(found["dropout seed"][0])))
+    out, lse = over_ring(module, gathered, is_causal, dropout, is_new=is_new, told=told)
     out = ToTokens.apply(out, roll_call, queries)
     lse = ToTokens.apply(lse.transpose(1, 2)[..., None], roll_call, queries)
     return out, lse[..., 0].transpose(1, 2)  # pyright: ignore[reportReturnType, reportIndexIssue, reportOptionalSubscript]

@@ -5,6 +5,7 @@ Shape legend: B batch, S own query tokens, T own key tokens, N key tokens of the
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from dataclasses import dataclass
 
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from bs_patterns import BlockLayout
 
+from ._gate_noise import draw_seed
+from .adaptive import BlockSparseAdaptive
+
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: What ranks may differ in.
-_OWN = ("query tokens", "key tokens", "dropout seed")
+_OWN = ("query tokens", "key tokens", "gate seed", "dropout seed")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Operands:
         q_segments: int[B, S], or None.
         kv_segments: int[B, T], or None.
         bias: Broadcastable to ``[B, H, S, N]``, or None.
+        given: (q, k) before they were rounded to the dtype of the arithmetic, which is what a gate reads.
     """
 
     q: Tensor
@@ -39,9 +44,25 @@ class Operands:
     q_segments: Tensor | None
     kv_segments: Tensor | None
     bias: Tensor | None
+    given: tuple[Tensor, Tensor]
 
-    def words(self, is_causal: bool, dropout: float) -> tuple[dict[str, int], list[str]]:
-        """What this rank tells the others, and which of it must be alike."""
+    def words(
+        self,
+        is_causal: bool,
+        dropout: float,
+        gate: BlockSparseAdaptive | None,
+        seeds: tuple[int, int] | None,
+        is_new: bool,
+    ) -> tuple[dict[str, int], list[str]]:
+        """What this rank tells the others, and which of it must be alike.
+
+        Args:
+            is_causal: As in ``forward``.
+            dropout: Probability.
+            gate: That picks the blocks, if one does.
+            seeds: (of a gate, of dropout) where they are agreed already; None draws them.
+            is_new: Whether the gate's parameters were made for this call.
+        """
         q, k, v = self.q, self.k, self.v
         ids = self.kv_segments
         words = {
@@ -57,11 +78,30 @@ class Operands:
             "key_padding_mask": int(self.key_padding is not None),
             "segment_ids": 0 if ids is None else ids.element_size(),
             "gradients": int(torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))),
+            "gate": 0 if gate is None else _gate_word(gate, self.given),
+            "gate is new": int(is_new),
             "dropout": struct.unpack("<q", struct.pack("<d", dropout))[0],
-            # Drawn as one process draws it, so that a seed of torch gives the same drops at any world size.
-            "dropout seed": int(torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)) if dropout else 0,
+            **_seeds(gate is not None and gate.training, dropout > 0, q.device, seeds),
         }
         return words, [name for name in words if name not in _OWN]
+
+
+def _seeds(
+    of_gate: bool, of_dropout: bool, device: torch.device, known: tuple[int, int] | None
+) -> dict[str, int]:  # fmt: skip
+    if known is None:
+        # Drawn as one process draws them, so that a seed of torch gives the same noise and drops at any world size.
+        known = tuple(int(draw_seed(device)) if wanted else 0 for wanted in (of_gate, of_dropout))
+    return dict(zip(("gate seed", "dropout seed"), known, strict=True))
+
+
+def _gate_word(gate: BlockSparseAdaptive, given: tuple[Tensor, Tensor]) -> int:
+    """A number that ranks share only if their gates are made and used alike; weights play no part."""
+    grad = torch.is_grad_enabled()
+    learns = [grad and x.requires_grad for x in (*given, *gate.scorer.parameters(), gate.log_temperature)]
+    kind = [gate.sparse_config.to_dict(), gate.segment_lengths, gate.dilation_rates, type(gate.candidates).__name__]
+    kind += [x.dtype for x in given] + [gate.training, len(gate._selections), learns]
+    return int.from_bytes(hashlib.sha256(repr(kind).encode()).digest()[:7], "little")
 
 
 def share_of_heads(layout: BlockLayout, rank: int, ranks: int) -> BlockLayout:

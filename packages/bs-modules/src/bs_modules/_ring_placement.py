@@ -67,6 +67,10 @@ class Placements:
             return True
         return False
 
+    def holds(self, layout: BlockLayout, world: int) -> bool:
+        """Whether the cost-balanced placement of such a length is decided."""
+        return _key(layout, world) in self._held
+
     def forget(self) -> None:
         """Drop what is held."""
         self._held.clear()

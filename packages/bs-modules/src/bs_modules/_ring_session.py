@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bs_comm import Arrival, ExchangePlan, PackedRing, Placement, RingMismatchError, RingPeerError, RollCall
+from bs_comm.transport import CHANNELS
 from bs_kernels import LayoutPlan, TokenMask
 from bs_memory import BufferPool
 from bs_patterns import BlockLayout
@@ -139,7 +140,8 @@ class RingSession:
         found = self._rings.get(key)
         if found is None:
             # A channel of its own, so that ranks that disagree on the order of calls wait and never mix messages up.
-            self._opened += 1
+            # Numbers come round again, long after the rings that had them are closed; 0 and the last are others'.
+            self._opened = self._opened % (CHANNELS - 2) + 1
             ring = PackedRing(
                 plan, batch=batch, head_dim=dims[0], value_head_dim=dims[1], dtype=dtype, device=device,
                 group=self.group, pool=None if pooled else BufferPool(), wire_dtype=wire_dtype,

@@ -24,6 +24,7 @@ from ._ring_dilated import segment_blocks
 from ._ring_forward import as_computed, check_spreads, over_heads, over_ring
 from ._ring_groups import groups_of, rank_of
 from ._ring_operands import Operands
+from ._ring_pick import anywhere
 from ._ring_placement import Placements
 from ._ring_session import open_sessions
 from .adaptive import BlockSparseAdaptive
@@ -310,12 +311,22 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         """The layout that a placement is made for; the same as in `forward`, or an error."""
         if isinstance(self.attention, DilatedAttention):
             return segment_blocks(seq_len, self.attention.segment_lengths or (), is_causal)
+        if isinstance(self.attention, BlockSparseAdaptive):
+            return self._room_layout((seq_len, seq_len), is_causal, num_heads or self.num_heads)
         layout = self.layout(seq_len, is_causal, num_heads)
         if self.distributed_config.placement == "cost_balanced" and layout.heads == 1:
             known = num_heads or self.num_heads
             if known is None and self.layout(seq_len, is_causal, 2).heads != 1:
                 raise ValueError("num_heads: expected the number of query heads, whose layouts differ, got None")
         return layout
+
+    def _room_layout(self, lengths: tuple[int, int], is_causal: bool, num_heads: int | None) -> BlockLayout:
+        """What a placement reads of a live gate: all that it may pick, whose shares by row are those of its picks."""
+        gate, layout = self.attention, anywhere(self.attention.sparse_config.blocks, lengths, bool(is_causal))
+        assert isinstance(gate, BlockSparseAdaptive)
+        if self.distributed_config.placement != "cost_balanced" or self._placements.holds(layout, self._ring()[1]):
+            return layout
+        return gate.prepare(lengths, is_causal, num_heads)
 
     # -- the call ----------------------------------------------------------------------------------------------------
 
@@ -357,7 +368,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
             ValueError: As `BlockSparseAttention.forward`, or shards that are not those of the placement.
         """
         if self.world_size > 1:
-            check_spreads(self)
+            check_spreads(self, segment_ids)
         else:
             self._last_call = (q.shape[1], bool(is_causal)) if isinstance(q, Tensor) and q.ndim == 4 else None
             return self.attention(
@@ -365,7 +376,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
                 key_padding_mask=key_padding_mask, segment_ids=segment_ids, attn_bias=attn_bias, return_lse=return_lse,
             )  # fmt: skip
         self.attention._check_inputs(q, k, v)
-        given_dtype = q.dtype
+        given = (q, k)
         q, k, v = as_computed(self, q, k, v)
         check_shards(q, k, v)
         segments = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
@@ -373,13 +384,14 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         for side, ids, x in zip(("query", "key"), segments, (q, k), strict=True):
             check_tokens(f"segment_ids ({side})", ids, x, (torch.int32, torch.int64))
         call = {"is_causal": bool(is_causal), "dropout": self.dropout if self.training else 0.0}
-        operands = Operands(q, k, v, key_padding_mask, segments[0], segments[1], attn_bias)
-        if self._heads()[1] == 1:
-            out, lse = over_ring(self, operands, **call)
-        else:
-            out, lse = over_heads(self, operands, **call)
+        operands = Operands(q, k, v, key_padding_mask, segments[0], segments[1], attn_bias, given)
+        if isinstance(self.attention, BlockSparseAdaptive):
+            scorer = self.attention.scorer
+            call["is_new"] = scorer._made_for is None
+            scorer.initialize(q.shape[2], k.shape[2], q.shape[3])
+        out, lse = (over_ring if self._heads()[1] == 1 else over_heads)(self, operands, **call)
         # Autocast returns what it computes in; mixed precision what it was given.
-        out = out.to(given_dtype) if self.mixed_precision else out
+        out = out.to(given[0].dtype) if self.mixed_precision else out
         return (out, lse) if return_lse else out
 
     def explain(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **masks: Any) -> Explanation:

@@ -1,0 +1,147 @@
+"""A live gate over real processes: the picks, results and gradients of one process, at any world size."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from bs_modules import BlockSparseAdaptive
+from bs_modules import BlockSparseRingDistributedDilatedAttention as Distributed
+
+TOKENS, HEADS, KV_HEADS, DIM = 203, 4, 2, 8
+CONFIG = {"base_sparsity": 0.6, "block_size": 16, "hidden_dim": 16}
+
+
+@dataclass
+class Case:
+    """One step of a gate, in one process or over ranks."""
+
+    gate: dict = field(default_factory=dict)
+    module: dict = field(default_factory=dict)
+    spread: dict = field(default_factory=dict)
+    is_causal: bool = True
+    train: bool = True
+    padding: bool = False
+    bias: bool = False
+    queries: int = TOKENS
+    dtype: torch.dtype = torch.float64
+
+
+CASES = {
+    "evaluation": Case(train=False, spread={"placement": "stripe"}),
+    "training": Case(spread={"keep_kv": True}),
+    "both ways, padding": Case(is_causal=False, padding=True, spread={"placement": "zigzag"}),
+    "soft, shared heads": Case(gate={"gate": "soft", "share_across_heads": True, "pooling": "max"}, padding=True),
+    "learned density": Case(gate={"learn_density": True, "max_density": 0.9}, is_causal=False),
+    "every query by itself": Case(gate={"query_block_size": 1, "pooling": "mean"}),
+    "wide query blocks": Case(gate={"query_block_size": 32}, spread={"placement": "zigzag"}),
+    "distillation, dropout": Case(gate={"distill_rows": 5}, module={"dropout": 0.3}, padding=True),
+    "shared distillation": Case(gate={"distill_rows": 9, "share_across_heads": True}, is_causal=False),
+    "bias, balanced": Case(bias=True, spread={"placement": "cost_balanced"}),
+    "segments": Case(module={"segment_lengths": [64, 256], "dilation_rates": [1, 2]}),
+    "more keys than queries": Case(queries=101),
+}
+
+
+def make(case, seed=5):
+    torch.manual_seed(seed)
+    gate = BlockSparseAdaptive(
+        sparse_config=CONFIG | case.gate, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, **case.module
+    )
+    with torch.no_grad():  # perceptrons that have learned something
+        for p in gate.scorer.parameters():
+            p.add_(torch.randn(p.shape) / 8)
+    return gate.train(case.train)
+
+
+def tensors(case):
+    g = torch.Generator().manual_seed(1)
+
+    def draw(tokens, heads):
+        return torch.randn(2, tokens, heads, DIM, generator=g, dtype=torch.float64).to(case.dtype)
+
+    q, k, v = draw(case.queries, HEADS), draw(TOKENS, KV_HEADS), draw(TOKENS, KV_HEADS)
+    padding = torch.ones(2, TOKENS, dtype=torch.bool)
+    padding[1, 40:90] = padding[0, -9:] = False
+    bias = torch.randn(1, HEADS, case.queries, TOKENS, generator=g, dtype=torch.float64).to(case.dtype)
+    return q, k, v, draw(case.queries, HEADS), padding, bias
+
+
+def run(module, gate, case, q, k, v, dout, padding, bias, rank=0):
+    """Everything that a step gives: (output, gradients of q, k, v and the bias, of parameters; losses of the gate)."""
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    masks = {"key_padding_mask": padding} if case.padding else {}
+    if case.bias:
+        masks["attn_bias"] = bias.clone().requires_grad_()
+        leaves.append(masks["attn_bias"])
+    torch.manual_seed(7 + rank)  # the first rank's counts
+    out = module(*leaves[:3], case.is_causal, **masks)
+    loss = (out * dout).sum()
+    for name in gate.gate_losses:
+        loss = loss + 50 * gate.gate_losses[name]
+    loss.backward()
+    none = torch.zeros(())
+    grads = {name: none if p.grad is None else p.grad for name, p in gate.named_parameters()}
+    losses = {name: float(loss.detach()) for name, loss in gate.gate_losses.items()}
+    return [out.detach(), *(x.grad for x in leaves)], grads, losses
+
+
+def over_ranks(rank, world, names, cuts=None):
+    found = {}
+    for name in names:
+        case = CASES[name]
+        gate = make(case)
+        config = {} if cuts else case.spread
+        module = Distributed(attention=gate, distributed_config=config).train(case.train)
+        q, k, v, dout, padding, bias = tensors(case)
+        if cuts:
+            q, k, v, dout, padding = (x[:, cuts[rank] : cuts[rank + 1]] for x in (q, k, v, dout, padding))
+        elif case.queries == TOKENS:
+            at = module.positions(TOKENS, case.is_causal)
+            q, k, v, dout, padding, bias = (
+                *(x[:, at] for x in (q, k, v, dout, padding)), bias[:, :, at]
+            )  # fmt: skip
+        else:
+            here = [(case.queries * r // world // 16 * 16, TOKENS * r // world // 16 * 16) for r in (rank, rank + 1)]
+            if rank == world - 1:
+                here[1] = (case.queries, TOKENS)
+            queries, keys = (slice(a, b) for a, b in zip(*here, strict=True))
+            q, dout, bias = q[:, queries], dout[:, queries], bias[:, :, queries]
+            k, v, padding = (x[:, keys] for x in (k, v, padding))
+        made = run(module, gate, case, q, k, v, dout, padding, bias, rank)
+        stats = module.get_pattern_stats(TOKENS) if case.queries == TOKENS else {}
+        digest = module._last_plan.layout.digest if world > 1 else ""
+        found[name] = (*made, stats.get("density"), digest, None if cuts else module.positions(TOKENS, case.is_causal))
+    return found
+
+
+def check(name, results, cuts=None):
+    case = CASES[name]
+    gate = make(case)
+    whole, grads, losses = run(gate, gate, case, *tensors(case))
+    own = [result[name] for result in results]
+    assert len({digest for *_, digest, _ in own}) == 1, "every rank has the same plan"
+    for i, want in enumerate(whole):
+        dim = 2 if i == 4 else 1
+        got = torch.cat([r[0][i] for r in own], dim)
+        if cuts is None and case.queries == TOKENS:
+            got = got.index_select(dim, torch.cat([at for *_, at in own]).argsort())
+        # The masses that distillation follows are those of fp32.
+        rtol, atol = (1e-4, 1e-7) if "distillation" in losses else (1e-9, 1e-11)
+        torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+    for parameter, want in grads.items():
+        got = sum(r[1][parameter] for r in own)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6 * max(1.0, float(want.abs().max())))
+    for kind, want in losses.items():
+        assert sum(r[2][kind] for r in own) == pytest.approx(want, rel=1e-5)
+    if case.train:
+        assert any(bool((grad != 0).any()) for grad in grads.values()), "the gate learns"
+    if case.queries == TOKENS:
+        assert all(r[3] == pytest.approx(gate.get_pattern_stats(TOKENS)["density"]) for r in own)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_step_is_that_of_one_process(ranks, world):
+    results = ranks.run(over_ranks, list(CASES), world_size=world)
+    for name in CASES:
+        check(name, results)
