@@ -7,28 +7,29 @@
 speed would and sleeps where a kernel would compute, so that overlap is measured without needing a core per rank; the
 planner's prediction stands beside it, as does its scaling curve for 1 to 8 processes. `module` times a training step of
 the distributed module on real kernels and holds the bytes it sends against its plan. `packing` lets one packed message
-and two separate ones take turns. `plans` times the planner itself.
+and two separate ones take turns. `wire` tells the error of a narrower wire, `hooks` the loss that training reaches with
+compressed gradients, both beside the bytes. `plans` times the planner itself.
 """
 
 import argparse
-import json
 import os
-import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import comm_report
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from bs_comm import CostModel, ExchangePlan, PackedRing, step_time
-from bs_comm.testing import RankPool, slow_links
+from bs_comm import CostModel, ExchangePlan, PackedRing, TopKState, compress_gradients, step_time
+from bs_comm.testing import RankPool, dense_attention, ring_attention, slow_links
 from bs_patterns import BlockLayout, DilatedSparse, GlobalLocal, Hierarchical, LocalWindow, Pattern
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 HEADS, DIM, BLOCK = 4, 32, 64
 WORLDS, ROUNDS = (1, 2, 4, 8), 3
 LAYOUTS: dict[str, tuple[Pattern, dict[str, Any]]] = {
@@ -269,57 +270,110 @@ def measure_plans(pool: RankPool) -> list[dict[str, Any]]:
     return rows
 
 
+# ---------------------------------------------------------------------- what rounding costs
+
+
+def rounded(rank: int, world: int, plan: ExchangePlan, whole: list[torch.Tensor], wire: torch.dtype | None) -> Any:
+    """This rank's (out, dq, dk, dv) and the K/V bytes it sent."""
+    q, k, v, dout = (plan.placement.shard(x, rank) for x in whole)
+    with PackedRing(plan, batch=1, head_dim=DIM, wire_dtype=wire) as ring:
+        return ring_attention(ring, q, k, v, dout), int(ring.sent_bytes["kv"].sum())
+
+
+def measure_wire(pool: RankPool) -> list[dict[str, Any]]:
+    layout = layout_of("dilated 1, 2, 4, 8 at density 0.1", 2048)
+    plan = ExchangePlan.build(layout, 4, "zigzag", HEADS)
+    g = torch.Generator().manual_seed(0)
+    whole = [torch.randn(1, 2048, HEADS, DIM, generator=g) for _ in range(4)]
+    q, k, v, dout = whole
+    exact = dense_attention(q, k, v, layout, dout)
+    rows = []
+    for wire in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
+        got = pool.run(rounded, plan, whole, wire, world_size=4)
+        row: dict[str, Any] = {"wire": str(wire).removeprefix("torch."), "sent_bytes": sum(sent for _, sent in got)}
+        for name, parts, want in zip(
+            ("out", "dq", "dk", "dv"), zip(*(x for x, _ in got), strict=True), exact, strict=True
+        ):
+            error = plan.placement.unshard(list(parts)).double() - want
+            row[f"error_of_{name}"] = float(error.norm() / want.norm())
+        rows.append(row)
+    return rows
+
+
+def train(rank: int, world: int, method: str | None, arguments: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Loss of a small regression after some steps, and what the hook sent per step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 16))
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(1024, 64, generator=g)
+    y = torch.sin(x @ torch.randn(64, 16, generator=g) / 8)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.02)
+    dense = sum(p.nbytes for p in model.parameters())
+    ring = 2 * (world - 1) / world
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that top-k may cost more than an all-reduce: the table says so
+        state: Any = compress_gradients(ddp, method, **arguments) if method else None
+        optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(ddp(x[rank::world]), y[rank::world]).backward()
+            optimizer.step()
+    if isinstance(state, TopKState):
+        payload, wire = state.payload_bytes / steps, state.wire_bytes / steps
+    else:
+        # PowerSGD says what it compressed: all but the first steps and what is too small.
+        share = 1 / state.compression_stats()[0] if method == "powersgd" else 0.5 if method else 1.0
+        payload, wire = dense * share, dense * share * ring
+    loss = float(nn.functional.mse_loss(model(x), y))
+    return {"loss": loss, "payload": payload / dense, "wire_bytes": wire, "all_reduce_bytes": dense * ring}
+
+
+def measure_hooks(pool: RankPool) -> list[dict[str, Any]]:
+    runs: list[tuple[str, str | None, dict[str, Any]]] = [
+        ("none", None, {}), ("top-k 0.1", "topk", {}), ("top-k 0.01", "topk", {"compression_ratio": 0.01}),
+        ("PowerSGD 1", "powersgd", {}), ("bf16", "bf16", {}), ("fp16", "fp16", {}),
+    ]  # fmt: skip
+    rows = []
+    for world in (2, 4):
+        start = pool.run(train, None, {}, 0, world_size=world)[0]["loss"]
+        plain = 0.0
+        for name, method, arguments in runs:
+            got = pool.run(train, method, arguments, 1000, world_size=world)[0]
+            plain = plain or got["loss"]
+            rows.append({
+                "ranks": world, "hook": name, "loss_before": start, "loss_after_1,000_steps": got["loss"],
+                "of_uncompressed": got["loss"] / plain, "payload_of_dense": got["payload"],
+                "wire_bytes_a_step": int(got["wire_bytes"]), "all_reduce_bytes_a_step": int(got["all_reduce_bytes"]),
+            })  # fmt: skip
+    return rows
+
+
 # ---------------------------------------------------------------------- output
 
-PARTS: dict[str, tuple[str, Callable[[RankPool], list[dict[str, Any]]]]] = {
-    "bytes": ("Bytes sent by 4 ranks, 16,384 tokens, causal, float32, against a dense ring", measure_bytes),
-    "links": ("Overlap over slow links, and what the planner says", measure_links),
-    "module": (
-        "A training step of the distributed module, 8,192 tokens, 1 thread per rank, native kernels",
-        measure_module,
-    ),
-    "packing": ("One packed message against separate K and V, both directions at once", measure_packing),
-    "plans": ("Time to plan 1,048,576 tokens over 64 ranks", measure_plans),
+PARTS: dict[str, Callable[[RankPool], list[dict[str, Any]]]] = {
+    "bytes": measure_bytes,
+    "links": measure_links,
+    "module": measure_module,
+    "packing": measure_packing,
+    "wire": measure_wire,
+    "hooks": measure_hooks,
+    "plans": measure_plans,
 }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    def show(value: Any) -> str:
-        if isinstance(value, bool):
-            return "yes" if value else "no"
-        if isinstance(value, float):
-            return f"{value:.4g}" if value < 1e5 else f"{value:.3g}"
-        return f"{value:,}" if isinstance(value, int) else str(value)
-
-    heads = list(rows[0])
-    lines = [heads, ["---"] * len(heads), *([show(row[key]) for key in heads] for row in rows)]
-    return "\n".join("| " + " | ".join(key.replace("_", " ") for key in line) + " |" for line in lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure bs-comm.")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where comm.json and comm.md go")
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="none: write the page anew")
+    parser.add_argument("--folder", type=Path, default=comm_report.FOLDER, help="where comm.json and comm.md go")
     options = parser.parse_args()
-    file = options.folder / "comm.json"
-    record = json.loads(file.read_text()) if file.exists() else {}
+    record = comm_report.load(options.folder)
     with RankPool(max(WORLDS)) as pool:
         for name in options.only:
-            load = round(os.getloadavg()[0], 2)
-            rows = PARTS[name][1](pool)
-            machine = f"{os.cpu_count()} CPUs, torch {torch.__version__}, numpy {np.__version__}, load {load}"
-            record[name] = {"machine": f"{platform.system()}, {machine}", "rows": rows}
-            print(f"{PARTS[name][0]}\n{table(rows)}\n", flush=True)
-    text = [
-        "# bs-comm, measured\n",
-        "Made by `python tools/bench_comm.py`; the raw figures are in `comm.json`. All ranks are gloo processes on one "
-        "machine. Not measured: NCCL, several machines, network namespaces with a limited bandwidth.\n",
-    ]
-    for name, (title, _) in PARTS.items():
-        if name in record:
-            text += [f"## {title}\n", f"{record[name]['machine']}.\n", table(record[name]["rows"]) + "\n"]
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    (options.folder / "comm.md").write_text("\n".join(text))
+            about = comm_report.machine(os.getloadavg()[0])
+            record[name] = {"machine": about, "rows": PARTS[name](pool)}
+            print(f"{comm_report.SECTIONS[name][0]}\n{comm_report.table(record[name]['rows'])}\n", flush=True)
+            comm_report.save(options.folder, record)
+    comm_report.save(options.folder, record)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`HierarchicalPlan`: across nodes every row once per node, then on to its readers inside. Planned and counted."""
+"""`HierarchicalPlan`: across nodes every row once per node, then on to its readers inside."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HierarchicalPlan:
     Backward is the same the other way round (``within.T``, then ``across.T``): gradients of a node are added up before
     they cross. Which reader fetches goes round, so that ranks of a node fetch about alike.
 
-    `PackedRing` runs direct plans only and refuses the stages.
+    `HierarchicalRing` carries it out; `PackedRing` runs direct plans only and refuses the stages.
 
     Attributes:
         direct: The plan it was made of.

@@ -225,7 +225,7 @@ def _nodes(nodes: Nodes, time: StepTime) -> str:
         busiest = max(int(across.sum(0).max()), int(across.sum(1).max()))
         lines.append((name, f"{int(across.sum()):,} rows", f"{busiest:,} rows", f"{within:,} rows", steps,
                       *(show_seconds(s) for s in seconds)))  # fmt: skip
-    return _aligned(lines, right=True) + "\nthe ring runs the direct exchange; the other is counted"
+    return _aligned(lines, right=True) + "\n`PackedRing` runs the direct exchange, `HierarchicalRing` the other"
 
 
 def _phase_cells(phase: Phase) -> tuple[str, ...]:

@@ -1,0 +1,99 @@
+"""What `bench_comm.py` and `bench_slow_link.py` measured: kept in comm.json, shown as tables in comm.md."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
+#: Title and, where the columns do not say it all, a paragraph; in the order of the page.
+SECTIONS: dict[str, tuple[str, str]] = {
+    "bytes": ("Bytes sent by 4 ranks, 16,384 tokens, causal, float32, against a dense ring", ""),
+    "links": ("Overlap over slow links, and what the planner says", ""),
+    "slow_link": (
+        "Network namespaces with a limited bandwidth",
+        """\
+Made by `python tools/bench_slow_link.py` (as root). Every rank lives in a network namespace of its own, behind a
+token bucket of the given rate in each direction; no delay is added. Steps of attention on the native kernels,
+float32, 8,192 tokens, 4 query and 2 kv heads of 64, contiguous, one thread per rank. More than two ranks share the
+two cores of this machine, so their seconds in kernels are not those of a machine per rank.
+
+The packed ring moves what the layout reads, the dense ring passes all of K and V around, the all-gather collects
+them first and reduce-scatters the gradients (of which gloo's implementation moves more than it has to); all three
+fetch K and V again in the backward pass. Random layouts are drawn per head; at such densities a rank's rows together
+read nearly every key block, so they leave little to save.
+
+“Sent” is what the frames of all ranks weighed, headers and acknowledgements included, “overhead” its excess over the
+payload planned. “Transfer” is the exchange alone, “compute” the busiest rank's time in kernels, “hidden” the share
+of the transfer that passed behind them: with little to compute, little can hide. The planner is told the rate, the
+latency that was measured and the compute that was measured, and knows no headers. Results are held to twice the
+error of one process, both against float64, or the run fails; “error of limit” is how much of that was used.""",
+    ),
+    "module": ("A training step of the distributed module, 8,192 tokens, 1 thread per rank, native kernels", ""),
+    "packing": ("One packed message against separate K and V, both directions at once", ""),
+    "wire": (
+        "What a narrower wire costs",
+        """\
+4 ranks, 2,048 tokens, dilated 1, 2, 4, 8 at density 0.1, causal, zigzag; K and V are float32 and normal. Errors are
+norms of the difference to dense float64 attention over the norm of that. Bytes are those of K and V, which travel
+twice (forward, and again in the backward pass); gradients go home in float32 whatever the wire.""",
+    ),
+    "hooks": (
+        "Training with compressed gradients",
+        """\
+A regression of 10,384 parameters in several buckets under DDP. The payload of top-k holds indices and values; every
+rank hears every other, so its bytes grow with the ranks, where those of an all-reduce hardly do. PowerSGD starts at
+the third step, and its payload is a share of what it compresses since then.""",
+    ),
+    "plans": ("Time to plan 1,048,576 tokens over 64 ranks", ""),
+}
+_HEAD = """\
+# bs-comm, measured
+
+Made by `python tools/bench_comm.py`; the raw figures are in `comm.json`. All ranks are gloo processes on one machine. \
+Not measured: NCCL, several machines.
+"""
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The sections measured so far."""
+    file = folder / "comm.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def save(folder: Path, record: dict[str, Any]) -> None:
+    """Write both files."""
+    (folder / "comm.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = [_HEAD]
+    for name, (title, about) in SECTIONS.items():
+        if name in record:
+            text += [f"## {title}\n", *([about + "\n"] if about else []), f"{record[name]['machine']}.\n"]
+            text.append(table(record[name]["rows"]) + "\n")
+    (folder / "comm.md").write_text("\n".join(text))
+
+
+def machine(load_average: float) -> str:
+    """What was measured on, and how busy it was when that began."""
+    versions = f"torch {torch.__version__}, numpy {np.__version__}"
+    return f"{platform.system()}, {os.cpu_count()} CPUs, {versions}, load {load_average:.2f}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, a column per key of the first row."""
+    heads = list(rows[0])
+    lines = [heads, ["---"] * len(heads), *([_show(row[key]) for key in heads] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("_", " ") for cell in line) + " |" for line in lines)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if value < 1e5 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
