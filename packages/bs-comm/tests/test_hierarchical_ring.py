@@ -1,12 +1,15 @@
 """The ring in two stages between real processes: attention, bytes, kept arrivals, failures."""
 
+import os
+import signal
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bs_comm import ExchangePlan, HierarchicalPlan, HierarchicalRing, PackedRing
-from bs_comm.testing import dense_attention, plan_cases, ring_attention
+from bs_comm import ExchangePlan, HierarchicalPlan, HierarchicalRing, PackedRing, RingPeerError
+from bs_comm.testing import RankPool, dense_attention, plan_cases, ring_attention
 from bs_patterns import GlobalLocal
 
 
@@ -93,6 +96,28 @@ def test_dense_rings_too(ranks):
     wanted = dense_attention(q, k, v, full, dout)
     for parts, want in zip(zip(*(got for got, _ in results), strict=True), wanted, strict=True):
         torch.testing.assert_close(dense.placement.unshard(list(parts)), want, rtol=1e-12, atol=1e-13)
+
+
+def die(rank, world, staged, victim, in_second):
+    x = torch.ones(1, int(staged.direct.kv_placement.lengths[rank]), 1, 4)
+    ring = HierarchicalRing(staged, batch=1, head_dim=4, hop_timeout=10)
+
+    def callback(arrival):
+        if rank == victim and (arrival.step > staged.across.num_steps) == in_second:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RingPeerError) as caught:
+        ring.forward(x, x, callback)
+    ring.close()
+    return caught.value.peer
+
+
+@pytest.mark.parametrize("in_second", [False, True], ids=["first stage", "second stage"])
+def test_every_survivor_names_a_rank_that_dies(in_second):
+    staged = HierarchicalPlan.build(ExchangePlan.build(None, 4, seq_len=32, block_size=4), 2)
+    with RankPool(4) as pool:
+        pool.start(die, staged, 1, in_second)
+        assert pool.collect(60, ranks=[0, 2, 3]) == [1, 1, 1]
 
 
 def test_misuse_is_told():
