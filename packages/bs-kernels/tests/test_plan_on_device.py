@@ -58,6 +58,23 @@ def test_a_batched_plan_needs_no_host(mask, heads):
     assert [x.shape for x in plan.tensors] == [x.shape for x in want.tensors]
 
 
+@pytest.mark.parametrize(("batch", "heads"), [(slice(1, 2), slice(0, 4)), (slice(0, 2), slice(2, 4))], ids=str)
+def test_a_part_of_a_plan_needs_no_host(batch, heads):
+    layout = make_batched_layout(np.random.default_rng(1), batch=2, heads=4, seq_len=(100, 130), block_size=(16, 32))
+    there = on_meta(layout)
+    with OnOneDevice("meta") as mode:
+        there = LayoutPlan.build(there, device="meta").select(batch, heads)
+    assert mode.operators > 50
+    whole = LayoutPlan.build(layout)
+    part = whole.select(batch, heads)
+    assert [x.shape for x in there.tensors] == [x.shape for x in part.tensors]
+    for name, blocks in (("row_order", whole.q_blocks), ("col_order", whole.kv_blocks)):
+        inside = np.zeros((2, 4, blocks), bool)
+        inside[batch, heads] = True
+        numbers = np.where(inside.ravel(), inside.ravel().cumsum() - 1, -1)[getattr(whole, name).numpy()]
+        assert getattr(part, name).tolist() == numbers[numbers >= 0].tolist(), name
+
+
 def test_the_watcher_sees_the_host():
     with pytest.raises(AssertionError, match="touches cpu"), OnOneDevice("meta"):
         torch.from_numpy(np.zeros(3)).to("meta")
@@ -121,7 +138,7 @@ def test_columns_of_key_heads_are_ordered_like_the_plan():
     generator = np.random.default_rng(5)
     layout = make_layout(generator, seq_len=(160, 160), block_size=(16, 16), heads=6, density=0.4)
     plan = LayoutPlan.build(layout)
-    order = column_lists(plan, 3, masked_ends=False).col_order.tolist()
+    order = column_lists(plan, 3, masked_ends=False).order.tolist()
     assert sorted(order) == list(range(2 * plan.kv_blocks))
     rank = {column: at for at, column in enumerate(plan.col_order.tolist())}
     best = [

@@ -48,8 +48,6 @@ def gpu(monkeypatch):
         ({"head_dim": 320}, "head dims from 1 to 256, not 320"),
         ({"value_dim": 257}, "value head dims from 1 to 256, not 257"),
         ({"block_size": (64, 2048)}, r"blocks of up to 1024 tokens, not \(64, 2048\)"),
-        ({"attn_bias": "float", "attn_bias_grad": True, "backward": True}, "no gradient of attn_bias"),
-        ({"paged": True, "backward": True}, "no backward through paged K/V"),
         ({"device": "mps"}, "runs on CUDA and ROCm GPUs, not on mps"),
     ],
 )
@@ -60,14 +58,13 @@ def test_what_is_refused_says_why(gpu, changes, reason):
 
 
 def test_every_reason_is_listed(gpu):
-    bad = replace(PLAIN, dtype=torch.float64, head_dim=512, paged=True, backward=True)
+    bad = replace(PLAIN, dtype=torch.float64, head_dim=512, block_size=(2048, 64))
     assert len(TRITON.not_supported_reasons(bad)) == 3
 
 
-@pytest.mark.parametrize("given", ["attn_bias", "paged"])
-def test_what_only_a_backward_lacks_runs_forward(gpu, given):
-    value = "float" if given == "attn_bias" else True
-    assert TRITON.not_supported_reasons(replace(PLAIN, **{given: value})) == []
+@pytest.mark.parametrize("given", [{"attn_bias": "float", "attn_bias_grad": True}, {"paged": True}], ids=str)
+def test_gradients_of_everything(gpu, given):
+    assert TRITON.not_supported_reasons(replace(PLAIN, backward=True, **given)) == []
 
 
 def test_devices_that_cannot(gpu):
@@ -160,6 +157,7 @@ def test_choices_are_valid_and_only_ever_shrink(target):
         assert sizes == sorted(sizes, reverse=True)
         assert len(set(found)) == len(found)
         assert (found[-1].tile_m, found[-1].tile_n, found[-1].stages) == (16, 16, 1)
+        assert not any(at.descriptors for at in found)  # never unless a measurement chose them
 
 
 @pytest.mark.parametrize(("extent", "tile"), [(1, 16), (16, 16), (48, 64), (64, 64), (80, 128), (128, 128), (512, 128)])
@@ -176,7 +174,7 @@ def test_measured_choices_replace_the_table(tmp_path, monkeypatch):
     shape = Shape("forward", torch.bfloat16, 128, (128, 128))
     assert config.tuned_path() == path
     before = next(candidates(HOPPER, shape))
-    chosen = Config(64, 32, 2, 1)
+    chosen = Config(64, 32, 2, 1, descriptors=True, waves=0)
     config.write_tuned(path, HOPPER.name, {shape.key: chosen})
     try:
         assert next(candidates(HOPPER, shape)) == chosen
@@ -187,10 +185,37 @@ def test_measured_choices_replace_the_table(tmp_path, monkeypatch):
         config._tuned.cache_clear()
 
 
+def test_files_of_four_numbers_are_read(tmp_path):
+    path = tmp_path / "triton.json"
+    path.write_text('{"H100": {"x": [16, 32, 4, 1]}}')
+    assert config.read_tuned(path, "H100") == {"x": Config(16, 32, 4, 1)}
+
+
+@pytest.mark.parametrize(
+    ("programs", "steps", "expected"),
+    [
+        (1, 1000, 64),
+        (8, 1000, 32),
+        (8, 100, 16),
+        (100, 1000, 2),
+        (264, 1000, 1),
+        (10**6, 10**6, 1),
+        (1, 3, 1),
+        (0, 0, 1),
+    ],
+)
+def test_rows_are_cut_where_programs_are_few(programs, steps, expected):
+    device = replace(HOPPER, processors=132)
+    assert config.pieces(device, Config(16, 64, 4, 2), programs, steps) == expected
+    assert config.pieces(device, Config(16, 64, 4, 2, waves=0), programs, steps) == 1
+    assert config.pieces(HOPPER, Config(16, 64, 4, 2), programs, steps) == 1
+
+
 def test_files_that_make_no_sense_count_as_absent(tmp_path):
     path = tmp_path / "triton.json"
     assert config.read_tuned(path, "H100") == {}
-    entries = ("[1, 2]", '["a", 1, 1, 1]', "[17, 16, 4, 1]", "[16, 16, 4, 1.5]", "null")
+    entries = ("[1, 2]", '["a", 1, 1, 1]', "[17, 16, 4, 1]", "[16, 16, 4, 1.5]", "null", "[16, 16, 4, 1, 2, 2]")
+    entries += ("[16, 16, 4, 1, 1]", "[16, 16, 4, 1, 1, -1]")
     for text in ("{", "[]", '{"H100": 3}', *(f'{{"H100": {{"x": {entry}}}}}' for entry in entries)):
         path.write_text(text)
         assert config.read_tuned(path, "H100") == {}, text
@@ -214,5 +239,5 @@ def test_readers_never_see_half_a_file(tmp_path):
     done.set()
     reader.join()
     assert seen
-    assert all(len(values) == 4 for values in seen)
+    assert all(len(values) == 6 for values in seen)
     assert [p.name for p in tmp_path.iterdir()] == ["triton.json"]

@@ -1,6 +1,7 @@
 """The kernels compile for Ampere, Hopper and MI300X. Needs no GPU, only the assemblers that Triton brings along."""
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from bs_kernels.backends.triton import launch  # after the two skips
 from bs_kernels.backends.triton.ahead import TARGETS, compile_for, missing_tool
-from bs_kernels.backends.triton.config import candidates
+from bs_kernels.backends.triton.arguments import shape_of
+from bs_kernels.backends.triton.config import Target, candidates
 
 EVERYTHING = {
     "window": (100, 9),
@@ -29,31 +31,43 @@ EVERYTHING = {
 }
 
 
-def launches(target, kernels, *, dim, dtype, block=128, paged=False, q_heads=4, **arguments):
-    layout = make_layout(np.random.default_rng(0), seq_len=(512, 512), block_size=(block, block), density=0.5)
+def launches(target, kernels, *, dim, dtype, block=128, paged=False, q_heads=4, q_len=512, change=None, **arguments):
+    layout = make_layout(np.random.default_rng(0), seq_len=(q_len, 512), block_size=(block, block), density=0.5)
     case = make_case(layout, q_heads=q_heads, kv_heads=2, head_dim=dim, dtype=dtype, **arguments)
     case = make_pages(case) if paged else case
     call = make_call(case.q, case.k, case.v, layout, **case.arguments)
-    rows = torch.empty(1, q_heads, 512)
+    batch = case.q.shape[0]
+    rows, sums = torch.empty(batch, q_heads, q_len), torch.empty(1, q_heads, 4, 9)
+    sums = None if call.block_bias is None else sums
+    given = call, case.dout, rows, rows
+    pieces = torch.empty(8, *case.dout.shape), torch.empty(8, *rows.shape)
     made = {
         "forward": lambda c: launch.forward_launch(call, case.dout, rows, c),
-        "rows": lambda c: launch.rows_launch(
-            call, case.dout, rows, rows, case.q, None if call.block_bias is None else torch.empty(1, q_heads, 4, 9), c
-        ),
-        "atomic": lambda c: launch.columns_launch(call, case.dout, rows, rows, rows, case.k, case.v, c),
-        "columns": lambda c: launch.columns_launch(call, case.dout, rows, rows, None, case.k, case.v, c),
+        "pieces": lambda c: launch.forward_launch(call, *pieces, c),
+        "merge": lambda c: launch.merge_launch(*pieces, case.dout, rows),
+        "rows": lambda c: launch.rows_launch(*given, case.q, sums, c),
+        "atomic": lambda c: launch.columns_launch(*given, rows, case.k, case.v, c),
+        "columns": lambda c: launch.columns_launch(*given, None, case.k, case.v, c),
+        "bias": lambda c: launch.bias_launch(*given, torch.empty(1, 1, q_len, 512), c),
     }
+    of = {"pieces": "forward", "merge": "forward", "bias": "rows"}
     for kernel in kernels:
-        config = next(candidates(TARGETS[target][1], launch._shape(call, kernel)))
-        yield kernel, made[kernel](config)
+        config = next(candidates(TARGETS[target][1], shape_of(call, of.get(kernel, kernel))))
+        yield kernel, made[kernel](replace(config, **(change or {})))
 
 
 ALL = ("forward", "rows", "columns")
 CASES = {
     "Hopper, bf16": ("sm90", ALL, {"dim": 128, "dtype": torch.bfloat16, "causal": True}),
     "Hopper, everything": ("sm90", ALL, {"dim": 64, "dtype": torch.float16, "block": 64, **EVERYTHING}),
-    "Hopper, pages": ("sm90", ("forward",), {"dim": 80, "dtype": torch.bfloat16, "block": 32, "paged": True}),
+    "Hopper, pages": ("sm90", ("forward", "columns"), {"dim": 80, "dtype": torch.bfloat16, "block": 32, "paged": True}),
+    "Hopper, decoding": (
+        "sm90",
+        ("pieces", "merge"),
+        {"dim": 128, "dtype": torch.bfloat16, "q_heads": 8, "q_len": 1, "paged": True, "sinks": True},
+    ),
     "Hopper, any order": ("sm90", ("atomic",), {"dim": 128, "dtype": torch.bfloat16, "causal": True}),
+    "Ampere, a bias for every pair": ("sm80", ("bias",), {"dim": 64, "dtype": torch.bfloat16, "attn_bias": True}),
     "Ampere, fp16": ("sm80", ALL, {"dim": 64, "dtype": torch.float16, "causal": True}),
     "Ampere, fp32": ("sm80", ("forward",), {"dim": 32, "dtype": torch.float32, "block": 16}),
     "MI300X, bf16": ("gfx942", ("forward", "columns"), {"dim": 64, "dtype": torch.bfloat16, "causal": True}),
@@ -71,5 +85,29 @@ def test_kernels_compile(name):
         assert compiled.shared_memory <= TARGETS[target][1].shared_memory, kernel
         if arguments.get("causal") and compiled.stack is not None:  # training does not live on spilled registers
             assert compiled.stack <= 256, (kernel, made.config, compiled.stack)
-        if target == "sm90" and arguments["dim"] == 128:
+        if target == "sm90" and arguments["dim"] == 128 and arguments.get("q_len") != 1:
             assert "wgmma.mma_async" in compiled.assembly, kernel
+
+
+@pytest.mark.parametrize("kernel", ["forward", "rows", "columns"])
+def test_descriptors_use_the_copy_engine(kernel, monkeypatch):
+    if reason := missing_tool("sm90"):
+        pytest.skip(reason)
+    monkeypatch.setattr(Target, "of", lambda device: TARGETS["sm90"][1])
+    sizes = {"dim": 128, "dtype": torch.bfloat16, "causal": True}
+    used = {}
+    for descriptors in (False, True):
+        ((_, made),) = launches("sm90", (kernel,), change={"descriptors": descriptors}, **sizes)
+        compiled = compile_for(made, "sm90")
+        assert compiled.shared_memory <= TARGETS["sm90"][1].shared_memory
+        used[descriptors] = "cp.async.bulk.tensor" in compiled.assembly
+    assert used == {False: False, True: True}
+
+
+@pytest.mark.parametrize(("target", "given"), [("sm90", True), ("sm80", False), ("gfx942", False)])
+def test_only_hopper_is_given_descriptors(target, given, monkeypatch):
+    monkeypatch.setattr(Target, "of", lambda device: TARGETS[target][1])
+    sizes = {"dim": 128, "dtype": torch.bfloat16, "change": {"descriptors": True}}
+    for kernel, made in launches(target, ("forward", "rows", "columns"), **sizes):
+        views = [made.arguments[name] for name in made.arguments if name.endswith("_view")]
+        assert [view is not None for view in views] == [given, given], kernel

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bs_kernels import LayoutPlan, TokenMask, block_sparse_attention, merge_attention, partial_forward
+from bs_kernels import LayoutPlan, TokenMask, block_sparse_attention, merge_attention, op, partial_forward
 from bs_kernels._arguments import make_call
 from bs_kernels.backends.base import Needs
 from bs_kernels.dispatch import get_backend
@@ -25,7 +26,6 @@ from bs_kernels.testing import (
     make_case,
     make_layout,
     make_pages,
-    oracle_results,
 )
 from bs_kernels.testing.strategies import cases
 from bs_patterns import BlockLayout
@@ -38,6 +38,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from bs_kernels.backends.triton import launch  # noqa: E402  # after the two skips
+from bs_kernels.backends.triton.arguments import packed_heads  # noqa: E402
 from bs_kernels.backends.triton.config import Config  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,20 +62,6 @@ def attention(q, k, v, layout, *, return_lse, **arguments):
         moved(q), moved(k), moved(v), moved(layout), return_lse=return_lse, backend="triton", **arguments
     )
     return tuple(x.cpu() for x in results)
-
-
-def forward_only(case):
-    """Check a case whose backward is refused."""
-
-    def without_gradients(*operands, **arguments):
-        with torch.no_grad():
-            out, lse = attention(*operands, **arguments)
-        # The oracle differentiates; give it something that does not depend on anything.
-        zero = sum((x * 0).sum() for x in operands[:3] if x.requires_grad)
-        return out + torch.nan_to_num(zero).to(out.dtype), lse
-
-    got = evaluate(case, without_gradients)
-    assert_close_to_oracle(case, {name: got[name] for name in ("out", "lse")})
 
 
 def layout_of(seq_len, block_size, *, heads=1, density=0.6, seed=0, **more):
@@ -190,7 +177,7 @@ def test_shapes_of_block_bias(heads, leading):
 
 def test_many_rows_are_scheduled_in_chunks(monkeypatch):
     """More lists than a chunk holds, a short last chunk, tiles and shared key heads."""
-    monkeypatch.setattr(launch, "CHUNK", 3)
+    monkeypatch.setattr(launch.arguments, "CHUNK", 3)
     layout = layout_of((70, 40), (16, 8), density=0.4)
     check_against_oracle(make_case(layout, batch=2, q_heads=2, kv_heads=1, head_dim=16), attention)
 
@@ -212,35 +199,142 @@ def test_extreme_logits(spread):
     assert all(x.isfinite().all() for name, x in got.items() if name != "lse")
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 24, 37), (1, 2, 1, 37), (1, 1, 24, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 24, 37), (1, 2, 24, 37), (1, 2, 1, 37), (1, 1, 24, 1)], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_attn_bias(kind, shape):
     bias = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     case = make_case(layout_of(**PLAIN), batch=2, attn_bias=bias > -0.5 if kind == "bool" else bias)
-    if kind == "bool":
-        check_against_oracle(case, attention)
-    else:
-        forward_only(case)
+    check_against_oracle(case, attention)
 
 
-def test_float_attn_bias_that_is_not_differentiated_has_a_backward():
+@pytest.mark.parametrize("heads", [1, 2], ids=["shared", "per head"])
+@pytest.mark.parametrize("leading", [(1, 1), (2, 1), (2, 2)], ids=str)
+def test_the_gradient_of_attn_bias_meets_everything_else(leading, heads):
+    """Tiles smaller than blocks, short blocks, and rules that make scores −inf; both orders of heads and batch."""
+    bias = torch.randn(*leading, 24, 37, generator=torch.Generator().manual_seed(0))
+    rest = {"key_padding_mask": True, "block_bias": True, "dropout_p": 0.2, "dropout_seed": 5, "sinks": True}
+    layout = layout_of((24, 37), (16, 24), heads=heads)
+    case = make_case(layout, batch=2, q_heads=2, kv_heads=1, attn_bias=bias, causal=True, **rest)
+    check_against_oracle(case, attention)
+
+
+def test_an_attn_bias_may_mask():
+    """−inf, also for whole rows: no gradient, and no NaN."""
     bias = torch.randn(1, 2, 24, 37, generator=torch.Generator().manual_seed(0))
-    bias[..., 3] = -torch.inf
+    bias[..., 3], bias[..., 5, :] = -torch.inf, -torch.inf
     case = make_case(layout_of(**PLAIN), batch=2)
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        inputs = [x.to(DEVICE, dtype).requires_grad_() for x in (case.q, case.k, case.v, bias)]
+        out = block_sparse_attention(*inputs[:3], case.layout, attn_bias=inputs[3], backend=backend)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
-    def with_bias(*operands, **arguments):
-        return attention(*operands, attn_bias=bias, **arguments)
 
-    want = oracle_results(replace(case, arguments={"attn_bias": bias}))
-    got = evaluate(case, with_bias)
-    for name in ("out", "lse", "q", "k", "v"):
-        torch.testing.assert_close(got[name].double(), want[name], rtol=1e-4, atol=1e-5)
+def test_the_gradient_of_a_batched_attn_bias():
+    layout = make_batched_layout(np.random.default_rng(7), batch=2, heads=2, seq_len=(20, 36), block_size=(16, 16))
+    bias = torch.randn(1, 1, 20, 36, generator=torch.Generator().manual_seed(0))
+    check_against_oracle(make_case(layout, batch=2, q_heads=2, kv_heads=1, attn_bias=bias), attention)
 
 
-def test_paged_keys_and_values():
-    layout = layout_of((20, 52), (16, 16), heads=2)
+@pytest.mark.parametrize("heads", [1, 2], ids=["shared", "per head"])
+def test_paged_keys_and_values(heads):
+    layout = layout_of((20, 52), (16, 16), heads=heads)
     case = make_pages(make_case(layout, batch=2, causal=True, head_dim=16, key_padding_mask=True))
-    forward_only(case)
+    check_against_oracle(case, attention)
+
+
+def test_pages_that_several_blocks_share():
+    """Gradients add up; entries of blocks that are not active may be anything."""
+    mask = np.array([[[1, 1, 0, 1], [1, 0, 0, 1]]], bool)
+    layout = BlockLayout.from_dense(mask, block_size=16, seq_len=(20, 60))
+    table = torch.tensor([[2, 0, -7, 1], [2, 2, 10**6, 0]], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 20, 2, 16), (3, 16, 1, 16), (3, 16, 1, 8))
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        inputs = [torch.randn(s, generator=generator.manual_seed(1)).to(DEVICE, dtype).requires_grad_() for s in shapes]
+        out = block_sparse_attention(*inputs, layout, page_table=table.to(DEVICE), backend=backend)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+def decode(group, *, q_len=1, heads=1, **arguments):
+    """A few queries at the end of a cache."""
+    layout = layout_of((q_len, 90), (16, 16), heads=heads, density=0.8)
+    dropout = {"dropout_p": 0.2, "dropout_seed": 11}
+    return make_case(layout, batch=2, q_heads=2 * group, kv_heads=2, head_dim=16, causal=True, **dropout, **arguments)
+
+
+@pytest.mark.parametrize(("group", "q_len", "packed"), [(4, 1, 4), (3, 5, 3), (6, 20, 3), (32, 1, 16)])
+def test_heads_share_a_tile_of_short_blocks(group, q_len, packed):
+    bias = torch.randn(1, 2 * group, q_len, 90, generator=torch.Generator().manual_seed(0))
+    case = decode(group, q_len=q_len, sinks=True, segment_ids=True, block_bias=True, attn_bias=bias)
+    call = make_call(case.q, case.k, case.v, case.layout, causal=True)
+    assert packed_heads(call, "forward") == packed
+    assert_forward(case)
+
+
+def assert_forward(case):
+    """The output and LSE alone: gradients come from kernels that pack and cut nothing."""
+
+    def forward(*operands, **arguments):
+        with torch.no_grad():
+            out, lse = attention(*operands, **arguments)
+        zero = sum((x * 0).sum() for x in operands[:3])  # the oracle differentiates
+        return out + zero.to(out.dtype), lse
+
+    got = evaluate(case, forward)
+    assert_close_to_oracle(case, {name: got[name] for name in ("out", "lse")})
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("heads", [1, 4], ids=["shared", "per head"])
+def test_rows_in_pieces(splits, heads, monkeypatch):
+    """Few, uneven and empty pieces; whole and masked slots in all of them."""
+    merged = []
+    merge = launch.merge_launch
+    monkeypatch.setattr(launch, "pieces", lambda *_: splits)
+    monkeypatch.setattr(launch, "merge_launch", lambda *given: merged.append(given[0].shape[0]) or merge(*given))
+    assert_forward(decode(2, q_len=20, heads=heads, sinks=True, key_padding_mask=True))
+    assert merged == [splits]
+
+
+def test_queries_without_keys_in_pieces(monkeypatch):
+    monkeypatch.setattr(launch, "pieces", lambda *_: 2)
+    case = make_case(layout_of((20, 35), (16, 16), heads=2, density=0.0), head_dim=16)
+    out, lse = attention(case.q, case.k, case.v, case.layout, return_lse=True)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+# -- tensor descriptors ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [16, 24, 33], ids=["whole", "padded", "unaligned"])
+@pytest.mark.parametrize("paged", [False, True], ids=["sequence", "paged"])
+def test_descriptors_give_the_same_bits(dim, paged, monkeypatch):
+    """Where strides are not multiples of 16 bytes, or blocks need their ends masked, pointers are used."""
+    made = []
+    view_of = launch.view_of
+    monkeypatch.setattr(launch, "view_of", lambda *given: made.append(view_of(*given)) or made[-1])
+    case = make_case(layout_of((40, 52), (32, 16), heads=2, density=0.7), batch=2, q_heads=2, head_dim=dim, causal=True)
+    case = make_pages(case) if paged else case
+    found = []
+    for descriptors in (False, True):
+        config = Config(16, 16, 4, 1, descriptors=descriptors)
+        monkeypatch.setattr(launch, "candidates", lambda target, shape, config=config: iter([config]))
+        found.append(evaluate(case, attention))
+    assert len(made) == 12
+    assert all(view is None for view in made[:6])
+    assert all((view is None) == (dim == 33) for view in made[6:])
+    for name, x in found[0].items():
+        assert torch.equal(x, found[1][name]), name
 
 
 def test_absolute_positions():
@@ -323,6 +417,48 @@ def test_gradients_in_any_order(block_size, spread, monkeypatch):
     check_against_oracle(case, partial(attention, deterministic=False))
 
 
+class NoWaiting(TorchDispatchMode):
+    """Raises where an operator needs a number from a device, or has a shape that depends on one."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "bincount")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, name = func.overloadpacket._qualified_op_name.split("::")
+        self.seen.add(name)
+        if space == "bs_kernels":  # look into it: below autograd a mode is off
+            with self:
+                return getattr(op, f"_{name}")(*args, **(kwargs or {}))
+        by_mask = name.startswith("index") and isinstance(args[1], (list, tuple))
+        by_mask = by_mask and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in self.WAITS or by_mask:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_step_over_a_layout_of_the_device_does_not_wait(deterministic):
+    """Plan, forward and backward: what a CUDA graph can capture."""
+    layout = make_batched_layout(np.random.default_rng(7), batch=2, heads=2, seq_len=(20, 36), block_size=(16, 16))
+    bias = torch.randn(2, 1, 20, 36, generator=torch.Generator().manual_seed(0))
+    rest = {"block_bias": True, "attn_bias": bias} if deterministic else {}
+    case = make_case(layout, batch=2, q_heads=2, kv_heads=1, head_dim=16, causal=True, sinks=True, **rest)
+    leaves = [moved(x).requires_grad_() for x in (case.q, case.k, case.v)]
+    given = {name: moved(x) for name, x in case.arguments.items()}
+    layout = type(layout)(moved(layout.indices), moved(layout.counts), layout.block_size, layout.seq_len, layout.causal)
+    with NoWaiting() as mode:
+        plan = LayoutPlan.build(layout, TokenMask(given.pop("causal")), DEVICE)
+        out = block_sparse_attention(*leaves, plan, backend="triton", deterministic=deterministic, **given)
+        torch.autograd.grad(out.sum(), leaves)
+    assert {"attention", "attention_backward"} <= mode.seen
+    assert len(mode.seen) > 20
+    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+        moved(torch.ones(3)).sum().item()
+
+
 def test_dropout_drops_the_same_entries_as_the_reference():
     """Values of one-hot vectors spell the kept probabilities out."""
     layout = layout_of((24, 16), (16, 16), density=1.0)
@@ -355,7 +491,7 @@ def test_devices_with_less_get_less(monkeypatch):
     assert first > 3
     assert len(tried) - first == 3
     monkeypatch.setattr(launch, "candidates", lambda target, shape: iter([Config(16, 64, 4, 1)]))
-    with pytest.raises(RuntimeError, match="found no configuration of forward float32 dim=16 block=16x64"):
+    with pytest.raises(RuntimeError, match="found no configuration of forward float32 dim=16 block=32x64"):
         attention(case.q, case.k, case.v, case.layout, return_lse=True)
 
 

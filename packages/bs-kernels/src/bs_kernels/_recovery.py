@@ -69,6 +69,7 @@ def _cut(call: Call, piece: _Piece) -> Call:
         page_table=None if call.page_table is None else call.page_table[batch],
         first_batch=call.first_batch + batch.start,
         first_head=call.first_head + q_heads.start,
+        whole=call.whole or call,
     )
 
 

@@ -206,6 +206,8 @@ class LayoutPlan:
     def select(self, batch: slice, heads: slice) -> LayoutPlan:
         """The plan of some batch elements and query heads; entry lists are shared with this plan.
 
+        Nothing waits for the device.
+
         Args:
             batch, heads: contiguous ranges; ignored along a dimension that the plan shares (L or H is 1).
         """
@@ -218,8 +220,9 @@ class LayoutPlan:
             order = getattr(self, name).to(torch.int64)
             inside = torch.zeros(self.batch, self.heads, blocks, dtype=torch.bool, device=self.device)
             inside[batch, heads] = True
-            renumbered = inside.flatten().cumsum(0) - 1
-            cut[name] = renumbered[order[inside.flatten()[order]]].to(torch.int32)
+            count, inside = inside[batch, heads].numel(), inside.flatten()
+            kept = (~inside[order]).to(torch.uint8).argsort(stable=True)[:count]  # asks the device for no count
+            cut[name] = (inside.cumsum(0) - 1)[order[kept]].to(torch.int32)
         return replace(self, **cut, digest=None)
 
     def __repr__(self) -> str:

@@ -90,6 +90,8 @@ class Call:
         deterministic: the same bits are required from run to run.
         first_batch, first_head: indices of the first batch element and query head where this call is a piece of a
             larger one. Dropout counts from them; nothing else reads them.
+        whole: the call that this one is a piece of, where memory ran out for all of it. What a backend chooses by how
+            much work there is it chooses by the whole, so that pieces have the same bits.
     """
 
     q: Tensor
@@ -109,6 +111,7 @@ class Call:
     deterministic: bool = True
     first_batch: int = 0
     first_head: int = 0
+    whole: Call | None = None
 
     @property
     def accumulate_dtype(self) -> torch.dtype:

@@ -10,13 +10,11 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from .config import Target
 from .launch import Launch
@@ -25,18 +23,9 @@ __all__ = ["TARGETS", "Compiled", "compile_for", "missing_tool"]
 
 #: Devices by name: what the compiler is told, and the target that configurations are chosen for.
 TARGETS: dict[str, tuple[GPUTarget, Target]] = {
-    "sm80": (GPUTarget("cuda", 80, 32), Target("A100", "sm80", 163 << 10)),
-    "sm90": (GPUTarget("cuda", 90, 32), Target("H100", "sm90", 227 << 10)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), Target("MI300X", "hip", 64 << 10)),
-}
-
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.uint8: "u8",
+    "sm80": (GPUTarget("cuda", 80, 32), Target("A100", "sm80", 163 << 10, 108)),
+    "sm90": (GPUTarget("cuda", 90, 32), Target("H100", "sm90", 227 << 10, 132)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Target("MI300X", "hip", 64 << 10, 304)),
 }
 
 
@@ -66,7 +55,7 @@ def missing_tool(name: str) -> str | None:
 
 
 def compile_for(launch: Launch, name: str) -> Compiled:
-    """Compile a launch for another device, specialised as it would be there.
+    """Compile a launch for another device, specialised as it would be there, by the functions that a launch calls.
 
     Args:
         launch: what would be launched; its tensors lie anywhere, only their dtypes matter.
@@ -76,26 +65,13 @@ def compile_for(launch: Launch, name: str) -> Compiled:
         What the kernel needs. Raises whatever the compiler does.
     """
     kernel, target = launch.kernel, TARGETS[name][0]
-    plain = set(kernel.do_not_specialize or ())
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for position, parameter in enumerate(kernel.arg_names):
-        value = launch.constants[parameter] if parameter in launch.constants else launch.arguments[parameter]
-        special = parameter not in plain
-        if parameter in launch.constants or value is None or (special and isinstance(value, int) and value == 1):
-            signature[parameter], constants[parameter] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[parameter] = "*" + _TYPES[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if special and value % 16 == 0:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter] = "fp32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=target, options=launch.options)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**launch.arguments, **launch.options)
+    packed = kernel._pack_args(backend, dict(launch.options), bound, specialization, options)
+    options, signature, constants, attributes = packed
+    source = ASTSource(kernel, signature, constants, attributes)
+    made = triton.compile(source, target=target, options=options.__dict__)
     assembly = made.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     used = _usage(made.asm["cubin"]) if target.backend == "cuda" else _amd_usage(assembly)
     return Compiled(made.metadata.shared, *used, assembly)

@@ -32,10 +32,6 @@ class TritonBackend:
                 reasons.append(f"it has {name} from 1 to {_MAX_DIM}, not {size}")
         if max(problem.block_size) > _MAX_BLOCK:
             reasons.append(f"it has blocks of up to {_MAX_BLOCK} tokens, not {problem.block_size}")
-        if problem.attn_bias_grad:
-            reasons.append("it has no gradient of attn_bias")
-        if problem.paged and problem.backward:
-            reasons.append("it has no backward through paged K/V")
         if not reasons and (reason := device_reason(problem.device)):
             reasons.append(reason)
         return reasons

@@ -11,13 +11,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["Config", "Shape", "Target", "candidates", "read_tuned", "tuned_path", "write_tuned"]
+__all__ = ["Config", "Shape", "Target", "candidates", "pieces", "read_tuned", "tuned_path", "write_tuned"]
 
 #: The least that the dimensions of `tl.dot` may be.
 MIN_TILE = 16
@@ -30,12 +30,18 @@ class Config:
     Attributes:
         tile_m, tile_n: queries and keys per tile; powers of two, at least 16.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
+        descriptors: read whole blocks through tensor descriptors, which Hopper's copy engine serves. The same bits.
+        waves: programs per processor that the forward wants; see `pieces`. 0: rows are never cut.
+
+    No built-in choice asks for descriptors: only a measured one can.
     """
 
     tile_m: int
     tile_n: int
     warps: int
     stages: int
+    descriptors: bool = False
+    waves: int = 2
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,13 @@ class Target:
         name: as the driver reports it; measured choices are kept under it.
         kind: "sm90" (Hopper and newer data-centre parts), "sm80" (other NVIDIA), "hip" or "interpreter".
         shared_memory: bytes that one program may use.
+        processors: streaming multiprocessors or compute units; 0 where it does not matter.
     """
 
     name: str
     kind: str
     shared_memory: int
+    processors: int = 0
 
     @classmethod
     def of(cls, device: torch.device) -> Target:
@@ -64,9 +72,10 @@ class Target:
 def _target_of(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        return Target(properties.name, "hip", 1 << 16)
+        return Target(properties.name, "hip", 1 << 16, properties.multi_processor_count)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return Target(properties.name, "sm90" if properties.major in (9, 10) else "sm80", shared)
+    kind = "sm90" if properties.major in (9, 10) else "sm80"
+    return Target(properties.name, kind, shared, properties.multi_processor_count)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,8 @@ class Shape:
         kernel: "forward", "rows", "columns", or "atomic" for the columns that add gradients of queries, too.
         dtype: of the operands.
         dim: the larger of the head dims, padded to a power of two.
-        extent: ``(query, key)`` tokens per block, no more than the sequence has.
+        extent: rows and keys of a block, no more than the sequence has; rows are the queries of all heads that share a
+            tile.
     """
 
     kernel: str
@@ -157,6 +167,27 @@ def candidates(target: Target, shape: Shape) -> Iterator[Config]:
         config = smaller
 
 
+#: Steps over tiles of keys that a piece of a row has at least, and the most pieces of a row.
+_LEAST_STEPS, _MOST_PIECES = 4, 64
+
+
+def pieces(target: Target, config: Config, programs: int, steps: int) -> int:
+    """How many pieces the forward cuts each row into: a power of two, 1 where there is work enough for the device.
+
+    A decode step has few queries and a long cache: one program per row would leave most of the device idle. Sizes that
+    the host knows decide, so the same call is cut the same way every time.
+
+    Args:
+        target: the device.
+        config: says how many programs per processor are wanted.
+        programs: how many there are without cutting.
+        steps: tiles of keys that a row has on average.
+    """
+    wanted = config.waves * target.processors // max(programs, 1)
+    limit = min(wanted, steps // _LEAST_STEPS, _MOST_PIECES)
+    return 1 << max(limit, 1).bit_length() - 1
+
+
 def _footprint(config: Config, shape: Shape, width: int) -> int:
     """A lower bound of the bytes of shared memory: the buffers of what is read in every step."""
     stepped = config.tile_m if shape.kernel in ("columns", "atomic") else config.tile_n
@@ -191,14 +222,20 @@ def read_tuned(path: Path, device: str) -> dict[str, Config]:
         stored = json.loads(path.read_text())[device].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return {}
-    return {key: Config(*values) for key, values in stored if _makes_sense(values)}
+    read = ((key, _config(values)) for key, values in stored)
+    return {key: config for key, config in read if config is not None}
 
 
-def _makes_sense(values: object) -> bool:
-    if not isinstance(values, list) or len(values) != 4 or not all(type(x) is int for x in values):
-        return False
-    tile_m, tile_n, warps, stages = values
-    return {tile_m, tile_n} <= {16, 32, 64, 128, 256} and warps in (1, 2, 4, 8, 16) and 1 <= stages <= 8
+def _config(values: object) -> Config | None:
+    """A configuration from a file: its fields, or the first four; None if they make no sense."""
+    if not isinstance(values, list) or len(values) not in (4, 6) or not all(type(x) is int for x in values):
+        return None
+    tile_m, tile_n, warps, stages, *rest = values
+    sizes = {tile_m, tile_n} <= {16, 32, 64, 128, 256} and warps in (1, 2, 4, 8, 16) and 1 <= stages <= 8
+    if not sizes or (rest and not (rest[0] in (0, 1) and 0 <= rest[1] <= 16)):
+        return None
+    later = (bool(rest[0]), rest[1]) if rest else ()
+    return Config(tile_m, tile_n, warps, stages, *later)
 
 
 def write_tuned(path: Path, device: str, choices: dict[str, Config]) -> None:
@@ -215,7 +252,7 @@ def write_tuned(path: Path, device: str, choices: dict[str, Config]) -> None:
         content = {}
     content = content if isinstance(content, dict) else {}
     kept = read_tuned(path, device) | choices
-    content[device] = {key: [c.tile_m, c.tile_n, c.warps, c.stages] for key, c in kept.items()}
+    content[device] = {key: [int(value) for value in astuple(config)] for key, config in kept.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
         json.dump(content, file, indent=1, sort_keys=True)

@@ -1,18 +1,32 @@
 """The forward kernel: one program per tile of queries, online softmax over the row's blocks.
 
-Shape legend: M queries and N keys per tile, D, DV head dims padded to a power of two. Scores are in units of log₂.
+Shape legend and units as in `tiles`.
 """
 
 # Triton compiles what follows; to a type checker of Python it makes no sense.
-# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 
-from .tiles import LN2, LOG2E, adjust, as_operand, clamp_distance, dropout_keep, load_tile, place
+from .tiles import (
+    LN2,
+    LOG2E,
+    adjust,
+    as_operand,
+    dropout_keep,
+    load_block,
+    load_step,
+    owner_of,
+    place,
+    pointer_at,
+    rules_at,
+    slots_of,
+    tokens_of,
+)
 
-__all__ = ["forward_kernel"]
+__all__ = ["forward_kernel", "merge_kernel"]
 
 
 @triton.jit
@@ -21,131 +35,43 @@ def _attend(
     total,
     top,
     q_tile,
+    queries,
     begin,
     end,
-    k_head,
-    v_head,
-    k_token_stride,
-    v_token_stride,
-    k_page_stride,
-    v_page_stride,
-    page_row,
-    blocks,
-    starts,
-    entries,
-    kv_bounds,
-    kv_start,
-    q_first_position,
-    q_local,
-    offs_m,
-    q_in,
-    q_segment,
-    kv_segments,
-    padding,
-    attn_bias,
-    bias_query_stride,
-    bias_key_stride,
-    block_bias,
-    seed,
+    k,
+    v,
+    k_view,
+    v_view,
+    k_pointer,
+    v_pointer,
+    pages,
     batch,
-    head,
-    low,
-    high,
+    kv_head,
+    lists,
+    geometry,
+    here,
+    rules,
     scale,
-    threshold,
     MASKED: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILES_N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    D_PAD: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    ATTN_BIAS: tl.constexpr,
-    HAS_BLOCK_BIAS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PAGED: tl.constexpr,
-    FUSED_SCALE: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    PRECISION: tl.constexpr,
-    dtype: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Take the slots ``begin … end − 1`` into the running sums of a tile. MASKED slots may need the positional mask."""
-    offs_d = tl.arange(0, D_PAD)
-    offs_v = tl.arange(0, DV_PAD)
-    k_local = tl.load(starts + begin)  # loaded a step ahead, so that no address waits for it
-    for step in range(begin * TILES_N, end * TILES_N):
-        slot = step // TILES_N
-        offs_n = (step % TILES_N) * TILE_N + tl.arange(0, TILE_N)
-        if MASKED or HAS_DROPOUT or PAGED:
-            block = tl.load(blocks + slot)
-        if MASKED:
-            length = tl.load(kv_bounds + block + 1) - k_local
-        else:
-            length = BLOCK_N
-        k_in = offs_n < length
-        if PAGED:
-            page = tl.load(page_row + block).to(tl.int64)
-            k_base = k_head + page * k_page_stride
-            v_base = v_head + page * v_page_stride
-        else:
-            k_base = k_head + k_local.to(tl.int64) * k_token_stride
-            v_base = v_head + k_local.to(tl.int64) * v_token_stride
-        k_pointers = k_base + offs_n[:, None] * k_token_stride + offs_d[None, :]
-        k_tile = as_operand(load_tile(k_pointers, k_in, offs_d < D, MASKED, D != D_PAD), dtype, INTERPRET)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        if MASKED or HAS_DROPOUT:
-            k_position = tl.load(kv_start + block)
-            # The blocks' distance goes in first: a tile that never changed would be kept in registers.
-            distance = (clamp_distance(k_position, q_first_position) + offs_n)[None, :] - offs_m[:, None]
-        else:
-            k_position = 0
-            distance = 0
-
-        if FUSED_SCALE and not MASKED:
+    dtype: tl.constexpr = k.data.dtype.element_ty
+    k_local = tl.load(lists.starts + begin)  # loaded a step ahead, so that no address waits for it
+    for step in range(begin * T.TILES_N, end * T.TILES_N):
+        slot = step // T.TILES_N
+        first = (step % T.TILES_N) * T.TILE_N
+        block = tl.load(lists.blocks + slot)
+        bounds, positions = geometry.kv_bounds, geometry.kv_start
+        keys = tokens_of(block, k_local, first, bounds, positions, here.kv_segments, T.TILE_N, 1, T.BLOCK_N, MASKED)
+        k_tile = load_step(k_pointer, k, k_view, keys, batch, kv_head, pages, T.D, T.D_PAD, MASKED, T)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=T.PRECISION)
+        if T.FUSED_SCALE and not MASKED:
             new_top = tl.maximum(top, tl.max(scores, 1) * scale)
             weights = tl.exp2(scores * scale - new_top[:, None])
             rescale = tl.exp2(top - new_top)
         else:
-            scores = scores * scale
-            if HAS_SEGMENTS:
-                k_segment = tl.load(kv_segments + k_local + offs_n, mask=k_in, other=0)[None, :]
-            else:
-                k_segment = 0
-            if HAS_BLOCK_BIAS:
-                entry = tl.load(entries + slot)
-            else:
-                entry = 0
-            scores = adjust(
-                scores,
-                distance,
-                q_local + offs_m[:, None],
-                k_local + offs_n[None, :],
-                q_in[:, None],
-                k_in[None, :],
-                q_segment,
-                k_segment,
-                entry,
-                low,
-                high,
-                padding,
-                attn_bias,
-                bias_query_stride,
-                bias_key_stride,
-                block_bias,
-                MASKED,
-                True,
-                HAS_LOW,
-                HAS_HIGH,
-                HAS_PADDING,
-                HAS_SEGMENTS,
-                ATTN_BIAS,
-                HAS_BLOCK_BIAS,
-            )
+            scores = adjust(scores * scale, queries, keys, lists.entries + slot, here, rules, MASKED, True, 0)
             new_top = tl.maximum(top, tl.max(scores, 1))
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # so that exp2(−inf − finite) = 0
             weights = tl.exp2(scores - finite[:, None])
@@ -153,235 +79,92 @@ def _attend(
         total = total * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None]
         top = new_top
-        if HAS_DROPOUT:
-            q_position = q_first_position + offs_m[:, None]
-            keep = dropout_keep(weights, seed, batch, head, q_position, k_position + offs_n[None, :], threshold)
-            weights = tl.where(keep, weights, 0.0)
-        v_pointers = v_base + offs_n[:, None] * v_token_stride + offs_v[None, :]
-        v_tile = as_operand(load_tile(v_pointers, k_in, offs_v < DV, MASKED, DV != DV_PAD), dtype, INTERPRET)
-        acc = tl.dot(as_operand(weights, dtype, INTERPRET), v_tile, acc, input_precision=PRECISION)
-        k_local = tl.load(starts + (step + 1) // TILES_N)
+        if here.seed is not None:
+            weights = tl.where(dropout_keep(weights, queries, keys, here, 0), weights, 0.0)
+        v_tile = load_step(v_pointer, v, v_view, keys, batch, kv_head, pages, T.DV, T.DV_PAD, MASKED, T)
+        acc = tl.dot(as_operand(weights, dtype, T), v_tile, acc, input_precision=T.PRECISION)
+        k_local = tl.load(lists.starts + (step + 1) // T.TILES_N)
     return acc, total, top
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "slow",
-        "q_blocks",
-        "q_len",
-        "kv_len",
-        "low",
-        "high",
-        "threshold",
-        "first_batch",
-        "first_head",
-    ]
-)
+@triton.jit(do_not_specialize=["sizes"])
 def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    row_order,
-    row_begin,
-    row_middle,
-    row_end,
-    blocks,
-    starts,
-    entries,
-    q_bounds,
-    kv_bounds,
-    q_start,
-    kv_start,
-    padding,
-    q_segments,
-    kv_segments,
-    attn_bias,
-    block_bias,
-    sinks,
-    page_table,
-    seeds,
-    q_batch_stride,
-    q_token_stride,
-    q_head_stride,
-    k_batch_stride,
-    k_token_stride,
-    k_head_stride,
-    v_batch_stride,
-    v_token_stride,
-    v_head_stride,
-    bias_batch_stride,
-    bias_head_stride,
-    bias_query_stride,
-    bias_key_stride,
-    block_bias_batch_stride,
-    block_bias_head_stride,
-    rows,
-    slow,
-    q_blocks,
-    kv_blocks,
-    q_len,
-    kv_len,
-    q_heads,
-    kv_heads,
-    low,
-    high,
-    scale,
-    keep_scale,
-    threshold,
-    first_batch,
-    first_head,
-    SHARED_BATCH: tl.constexpr,
-    SHARED_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILES_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILES_N: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    D_PAD: tl.constexpr,
-    DV_PAD: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    ATTN_BIAS: tl.constexpr,
-    HAS_BLOCK_BIAS: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    PAGED: tl.constexpr,
-    FUSED_SCALE: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, k_view, v_view, out, lse, lists, geometry, rules, sinks, sizes, scales, q_heads, kv_heads, T: tl.constexpr
 ):
-    """Output and LSE of TILE_M queries of one row of the plan, for one batch element and head.
+    """Output and LSE of the rows of a tile: queries of one row of the plan, for one batch element and PACK heads.
 
-    Rows list their whole blocks first (``row_begin … row_middle``), then those that need the positional mask. ``scale``
-    includes log₂ e. ``out`` is contiguous [B, Sq, Hq, DV], ``lse`` [B, Hq, Sq].
+    Rows list their whole blocks first (``begin … middle``), then those that need the positional mask. ``out`` is
+    contiguous [SPLITS, B, Sq, Hq, DV], ``lse`` [SPLITS, B, Hq, Sq]; piece s of a row is the s-th of equal parts of it.
     """
-    row, outer, inner, tile = place(row_order, rows, slow, GROUP if SHARED_HEADS else 1, TILES_M, CHUNK)
-    i = row % q_blocks
-    owner = row // q_blocks
-    if SHARED_HEADS:
-        kv_head = outer % kv_heads
-        head = kv_head * GROUP + inner
-        batch = outer // kv_heads if SHARED_BATCH else owner
+    FAST: tl.constexpr = T.GROUP // T.PACK if T.SHARED_HEADS else 1
+    at, outer, inner, tile = place(lists.order, sizes, FAST, T.TILES_M * T.SPLITS, T.CHUNK)
+    piece = tile // T.TILES_M
+    i, head, batch = owner_of(at, outer, sizes, kv_heads, q_heads, T)
+    if T.SHARED_HEADS:
+        kv_head = head
+        head = kv_head * T.GROUP + inner * T.PACK
     else:
-        head = owner % q_heads
-        kv_head = head // GROUP
-        batch = outer if SHARED_BATCH else owner // q_heads
-    q_local = tl.load(q_bounds + i)
-    q_length = tl.load(q_bounds + i + 1) - q_local
-    if tile * TILE_M >= q_length:
+        kv_head = head // T.GROUP
+    q_local = tl.load(geometry.q_bounds + i)
+    first = (tile % T.TILES_M) * (T.TILE_M // T.PACK)
+    if first >= tl.load(geometry.q_bounds + i + 1) - q_local:
         return
 
-    dtype: tl.constexpr = q.dtype.element_ty
-    offs_m = tile * TILE_M + tl.arange(0, TILE_M)
-    offs_d = tl.arange(0, D_PAD)
-    offs_v = tl.arange(0, DV_PAD)
-    q_in = offs_m < q_length
-    wide = batch.to(tl.int64)
-    q_base = q + wide * q_batch_stride + head.to(tl.int64) * q_head_stride + q_local.to(tl.int64) * q_token_stride
-    q_pointers = q_base + offs_m[:, None] * q_token_stride + offs_d[None, :]
-    q_tile = as_operand(load_tile(q_pointers, q_in, offs_d < D, True, D != D_PAD), dtype, INTERPRET)
-    if PAGED:
-        page_row = page_table + wide * kv_blocks
-        k_head = k + kv_head.to(tl.int64) * k_head_stride
-        v_head = v + kv_head.to(tl.int64) * v_head_stride
+    if T.PACK > 1:
+        head = head + tl.arange(0, T.TILE_M) % T.PACK
+        of_row = head[:, None]
     else:
-        page_row = page_table
-        k_head = k + wide * k_batch_stride + kv_head.to(tl.int64) * k_head_stride
-        v_head = v + wide * v_batch_stride + kv_head.to(tl.int64) * v_head_stride
-    if HAS_PADDING:
-        padding += wide * kv_len
-    if HAS_SEGMENTS:
-        kv_segments += wide * kv_len
-        q_segment = tl.load(q_segments + wide * q_len + q_local + offs_m, mask=q_in, other=0)[:, None]
-    else:
-        q_segment = 0
-    if ATTN_BIAS:
-        attn_bias += wide * bias_batch_stride + head.to(tl.int64) * bias_head_stride
-    if HAS_BLOCK_BIAS:
-        block_bias += wide * block_bias_batch_stride + head.to(tl.int64) * block_bias_head_stride
-    if HAS_DROPOUT:
-        seed = tl.load(seeds)
-    else:
-        seed = 0
-    position = tl.load(q_start + i)
+        of_row = head
+    here = rules_at(rules, sizes, scales, batch, of_row)
+    bounds, positions = geometry.q_bounds, geometry.q_start
+    queries = tokens_of(i, q_local, first, bounds, positions, here.q_segments, T.TILE_M, T.PACK, T.BLOCK_M, True)
+    q_pointer = pointer_at(q, batch, of_row, None) + q_local.to(tl.int64) * q.token
+    q_tile = load_block(q_pointer, q.token, queries.at, queries.inside, T.D, T.D_PAD, True, T)
+    pages = geometry.pages
+    k_pointer, v_pointer = pointer_at(k, batch, kv_head, pages), pointer_at(v, batch, kv_head, pages)
+    if pages is not None:
+        pages += batch.to(tl.int64) * sizes.kv_blocks
 
-    acc = tl.zeros([TILE_M, DV_PAD], dtype=tl.float32)
-    total = tl.zeros([TILE_M], dtype=tl.float32)
-    top = tl.full([TILE_M], float("-inf"), dtype=tl.float32)
-    begin = tl.load(row_begin + row)
-    middle = tl.load(row_middle + row)
-    end = tl.load(row_end + row)
+    acc = tl.zeros([T.TILE_M, T.DV_PAD], dtype=tl.float32)
+    total = tl.zeros([T.TILE_M], dtype=tl.float32)
+    top = tl.full([T.TILE_M], float("-inf"), dtype=tl.float32)
+    begin, middle, end = slots_of(lists, at)
+    if T.SPLITS > 1:
+        length = (end - begin).to(tl.int64)
+        end = (begin + length * (piece + 1) // T.SPLITS).to(tl.int32)
+        begin = (begin + length * piece // T.SPLITS).to(tl.int32)
+        middle = tl.minimum(tl.maximum(middle, begin), end)
     for part in tl.static_range(2):
         acc, total, top = _attend(
             acc,
             total,
             top,
             q_tile,
+            queries,
             begin if part == 0 else middle,
             middle if part == 0 else end,
-            k_head,
-            v_head,
-            k_token_stride,
-            v_token_stride,
-            k_batch_stride,
-            v_batch_stride,
-            page_row,
-            blocks,
-            starts,
-            entries,
-            kv_bounds,
-            kv_start,
-            position,
-            q_local,
-            offs_m,
-            q_in,
-            q_segment,
-            kv_segments,
-            padding,
-            attn_bias,
-            bias_query_stride,
-            bias_key_stride,
-            block_bias,
-            seed,
-            first_batch + batch,
-            first_head + head,
-            low,
-            high,
-            scale,
-            threshold,
+            k,
+            v,
+            k_view,
+            v_view,
+            k_pointer,
+            v_pointer,
+            pages,
+            batch,
+            kv_head,
+            lists,
+            geometry,
+            here,
+            rules,
+            scales.scores,
             part == 1,
-            TILE_N,
-            TILES_N,
-            BLOCK_N,
-            D,
-            DV,
-            D_PAD,
-            DV_PAD,
-            HAS_LOW,
-            HAS_HIGH,
-            HAS_PADDING,
-            HAS_SEGMENTS,
-            ATTN_BIAS,
-            HAS_BLOCK_BIAS,
-            HAS_DROPOUT,
-            PAGED,
-            FUSED_SCALE,
-            INTERPRET,
-            PRECISION,
-            dtype,
+            T,
         )
 
-    if HAS_SINKS:
+    if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        if T.SPLITS > 1:
+            sink = tl.where(piece == 0, sink, float("-inf"))
         new_top = tl.maximum(top, sink)
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)
         rescale = tl.exp2(top - finite)
@@ -390,9 +173,52 @@ def forward_kernel(
         top = new_top
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    acc = acc * (keep_scale / total)[:, None]
+    acc = acc * (scales.keep / total)[:, None]
     found = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
-    tokens = q_local + offs_m
-    tl.store(lse + (wide * q_heads + head) * q_len + tokens, found, mask=q_in)
-    out_pointers = out + ((wide * q_len + tokens[:, None]) * q_heads + head) * DV + offs_v[None, :]
-    tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=q_in[:, None] & (offs_v < DV)[None, :])
+    if T.SPLITS > 1:
+        lse += piece.to(tl.int64) * sizes.rows
+        out += piece.to(tl.int64) * sizes.rows * T.DV
+    wide, tokens, cols = batch.to(tl.int64), queries.local + queries.at, tl.arange(0, T.DV_PAD)
+    tl.store(lse + (wide * q_heads + head) * sizes.q_len + tokens, found, mask=queries.inside)
+    rows = (wide * sizes.q_len + tokens) * q_heads + head
+    out_pointers = out + rows[:, None] * T.DV + cols[None, :]
+    tl.store(out_pointers, acc.to(out.dtype.element_ty), mask=queries.inside[:, None] & (cols < T.DV)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "q_len"])
+def merge_kernel(
+    parts,
+    parts_lse,
+    out,
+    lse,
+    rows,
+    q_len,
+    q_heads,
+    SPLITS: tl.constexpr,
+    DV: tl.constexpr,
+    DV_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Merge the pieces of rows, always in the same order: ``parts`` [SPLITS, B, Sq, Hq, DV] and their LSE."""
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside, cols = row < rows, tl.arange(0, DV_PAD)
+    token, head = row // q_heads, row % q_heads
+    at = (token // q_len * q_heads + head) * q_len + token % q_len
+    stored = inside[:, None] & (cols < DV)[None, :]
+    top = tl.full([TILE], float("-inf"), dtype=tl.float32)
+    for piece in range(SPLITS):
+        top = tl.maximum(top, tl.load(parts_lse + piece * rows.to(tl.int64) + at, mask=inside, other=float("-inf")))
+    finite = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([TILE], dtype=tl.float32)
+    acc = tl.zeros([TILE, DV_PAD], dtype=tl.float32)
+    for piece in range(SPLITS):
+        base = piece * rows.to(tl.int64)
+        found = tl.load(parts_lse + base + at, mask=inside, other=float("-inf"))
+        weight = tl.exp2((found - finite) * LOG2E)
+        total += weight
+        acc += tl.load(parts + (base + row)[:, None] * DV + cols[None, :], mask=stored, other=0.0) * weight[:, None]
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    tl.store(lse + at, tl.where(empty, float("-inf"), finite + tl.log2(total) * LN2), mask=inside)
+    acc = acc / total[:, None]
+    tl.store(out + row[:, None] * DV + cols[None, :], acc.to(out.dtype.element_ty), mask=stored)

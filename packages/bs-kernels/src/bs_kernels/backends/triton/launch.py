@@ -5,35 +5,36 @@ A `Launch` holds everything that Triton is given, so what tests compile for othe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from ...philox import dropout_threshold
-from ...token_mask import UNBOUNDED
 from ..base import Call, Gradients, Needs
+from . import arguments
+from .arguments import bias_of, common, lists_of, over, sizes_of, tiles_per_block, traits_of, view_of
+from .backward_bias import bias_kernel
 from .backward_columns import columns_kernel
 from .backward_rows import rows_kernel
-from .config import MIN_TILE, Config, Shape, Target, candidates
-from .forward import forward_kernel
+from .config import Config, Shape, Target, candidates, pieces
+from .forward import forward_kernel, merge_kernel
 from .lists import column_lists, row_lists
+from .pages import sum_pages
 
-__all__ = ["INTERPRETED", "Launch", "columns_launch", "forward_launch", "rows_launch", "run_backward", "run_forward"]
-
-#: Whether the kernels were made for Triton's interpreter; fixed when Triton is first imported.
-INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-
-LOG2E = math.log2(math.e)
-#: Lists that are scheduled together for all heads before the next ones; see `tiles.place`.
-CHUNK = 32
-_INT32 = 2**31
+__all__ = [
+    "Launch",
+    "bias_launch",
+    "columns_launch",
+    "forward_launch",
+    "merge_launch",
+    "rows_launch",
+    "run_backward",
+    "run_forward",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,17 +44,14 @@ class Launch:
     Attributes:
         kernel: the kernel.
         programs: how many programs.
-        arguments: tensors and numbers, by parameter name; None where a flag says that nothing is read.
-        constants: what the kernel is specialised for.
+        arguments: by parameter name; see `operands`.
         config: how it is compiled.
     """
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
-    constants: dict[str, Any]
     config: Config
-    keep: list[Tensor] = field(default_factory=list)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -64,7 +62,7 @@ class Launch:
     def run(self) -> None:
         """Launch on the current stream."""
         if self.programs:
-            self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 def run_forward(call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -72,7 +70,17 @@ def run_forward(call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     batch, q_len, q_heads, _ = call.q.shape
     out = call.q.new_empty((batch, q_len, q_heads, call.v.shape[-1]), dtype=out_dtype)
     lse = call.q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
-    _try_each(call, "forward", lambda config: forward_launch(call, out, lse, config).run())
+
+    def run(config: Config) -> None:
+        splits = _splits(call.whole or call, config)
+        if splits == 1:
+            forward_launch(call, out, lse, config).run()
+        else:
+            parts, parts_lse = (x.new_empty((splits, *x.shape), dtype=torch.float32) for x in (out, lse))
+            forward_launch(call, parts, parts_lse, config).run()
+            merge_launch(parts, parts_lse, out, lse).run()
+
+    _try_each(call, "forward", run)
     return out, lse
 
 
@@ -80,9 +88,14 @@ def run_backward(
     call: Call, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype
 ) -> Gradients:
     """`Backend.backward`."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=grad_dtype, device=x.device) for x in (call.q, call.k, call.v))
+    paged, (batch, _, q_heads, _) = call.page_table is not None, call.q.shape
+    dk, dv = (
+        x.new_empty((batch, call.plan.seq_len[1], *x.shape[2:]), dtype=torch.float32 if paged else grad_dtype)
+        for x in (call.k, call.v)
+    )
     dout = dout.to(call.q.dtype)
-    if not call.deterministic and not needs.block_bias:
+    if not call.deterministic and not any(needs):
+        dq = torch.empty(0)
 
         def both(config: Config) -> None:
             nonlocal dq
@@ -90,37 +103,67 @@ def run_backward(
             columns_launch(call, dout, lse, delta, dq, dk, dv, config).run()
 
         _try_each(call, "atomic", both)
-        return Gradients(dq.to(grad_dtype), dk, dv)
-    sums: list[Tensor] = []
+        return Gradients(dq.to(grad_dtype), *_keys(call, dk, dv, grad_dtype))
+
+    dq = call.q.new_empty(call.q.shape, dtype=grad_dtype)
+    per_query = per_key = pairs = sums = None
+    if needs.attn_bias and call.attn_bias is not None:
+        shape = call.attn_bias.shape
+        if shape[3] == 1:
+            per_query = lse.new_empty((batch, q_heads, call.q.shape[1], 1))
+        elif shape[2] == 1:
+            per_key = lse.new_empty((batch, q_heads, 1, shape[3]))
+        else:
+            pairs = lse.new_empty(shape)
 
     def rows(config: Config) -> None:
-        if needs.block_bias:
-            sums[:] = [_bias_sums(call, config)]
-        rows_launch(call, dout, lse, delta, dq, sums[0] if sums else None, config).run()
+        nonlocal sums
+        sums = _block_sums(call, config) if needs.block_bias else None
+        rows_launch(call, dout, lse, delta, dq, sums, config, per_query).run()
+
+    def bias(config: Config) -> None:
+        assert pairs is not None
+        bias_launch(call, dout, lse, delta, pairs.zero_(), config).run()
 
     _try_each(call, "rows", rows)
-    _try_each(call, "columns", lambda config: columns_launch(call, dout, lse, delta, None, dk, dv, config).run())
-    d_bias = sums[0].sum(2).sum_to_size(call.block_bias.shape) if sums and call.block_bias is not None else None
-    return Gradients(dq, dk, dv, block_bias=d_bias)
+    _try_each(
+        call, "columns", lambda config: columns_launch(call, dout, lse, delta, None, dk, dv, config, per_key).run()
+    )
+    if pairs is not None:
+        _try_each(call, "rows", bias)
+    d_attn = next((x for x in (per_query, per_key, pairs) if x is not None), None)
+    if d_attn is not None and call.attn_bias is not None:
+        d_attn = d_attn.sum_to_size(call.attn_bias.shape)
+    d_block = None
+    if sums is not None and call.block_bias is not None:
+        d_block = sums.sum(2).sum_to_size(call.block_bias.shape)
+    return Gradients(dq, *_keys(call, dk, dv, grad_dtype), d_attn, d_block)
 
 
-def _bias_sums(call: Call, config: Config) -> Tensor:
+def _keys(call: Call, dk: Tensor, dv: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gradients per token of a sequence as those of what the call was given."""
+    if call.page_table is None:
+        return dk, dv
+    return sum_pages(call, dk, call.k, dtype), sum_pages(call, dv, call.v, dtype)
+
+
+def _block_sums(call: Call, config: Config) -> Tensor:
     """Zeros [1 or B, 1 or Hq, tiles per block, entries] for what every tile adds to the gradient of block_bias.
 
     Where batch elements (or heads) have lists of their own, an entry belongs to one of them, and one row holds all.
     """
-    bias, plan, extent = call.block_bias, call.plan, _extent(call)
+    bias, plan = call.block_bias, call.plan
     assert bias is not None
-    tiles = _tiles(extent[0], config.tile_m) * _tiles(extent[1], config.tile_n)
+    tiles_m, tiles_n = tiles_per_block(call, config)
     batch = 1 if plan.batch > 1 and bias.shape[0] == 1 else call.q.shape[0]
     heads = 1 if plan.heads > 1 and bias.shape[1] == 1 else call.q.shape[2]
-    return torch.zeros((batch, heads, tiles, bias.shape[2]), dtype=torch.float32, device=bias.device)
+    return torch.zeros((batch, heads, tiles_m * tiles_n, bias.shape[2]), dtype=torch.float32, device=bias.device)
 
 
 def _try_each(call: Call, kernel: str, launch: Callable[[Config], None]) -> None:
     """Launch with the first configuration that the device has the resources for."""
     device = call.q.device
-    target, shape = Target.of(device), _shape(call, kernel)
+    target, shape = Target.of(device), arguments.shape_of(call, kernel)
     refused = _refused.setdefault((target.name, shape), set())
     last: OutOfResources | None = None
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -139,193 +182,79 @@ def _try_each(call: Call, kernel: str, launch: Callable[[Config], None]) -> None
 _refused: dict[tuple[str, Shape], set[Config]] = {}
 
 
-def _padded(dim: int) -> int:
-    return max(MIN_TILE, triton.next_power_of_2(dim))
+# -- launches ----------------------------------------------------------------------------------------------------------
 
 
-def _extent(call: Call) -> tuple[int, int]:
-    """Tokens that a query and a key block can hold: no more than the sequence has."""
-    (block_q, block_k), (len_q, len_k) = call.plan.block_size, call.plan.seq_len
-    return min(block_q, max(len_q, 1)), min(block_k, max(len_k, 1))
+def _row_programs(call: Call, config: Config, pack: int) -> int:
+    """Programs that kernels over rows need."""
+    group = call.q.shape[2] // max(call.k.shape[2], 1) if call.plan.heads == 1 else 1
+    return call.plan.row_order.numel() * over(call) * (group // pack) * tiles_per_block(call, config, pack)[0]
 
 
-def _shape(call: Call, kernel: str) -> Shape:
-    return Shape(kernel, call.q.dtype, max(_padded(call.q.shape[-1]), _padded(call.v.shape[-1])), _extent(call))
+def _splits(call: Call, config: Config) -> int:
+    """Pieces that the forward cuts every row into: see `config.pieces`."""
+    pack = arguments.packed_heads(call, "forward")
+    rows = max(call.plan.row_order.numel(), 1)
+    steps = call.plan.indices.numel() // rows * tiles_per_block(call, config, pack)[1]
+    return pieces(Target.of(call.q.device), config, _row_programs(call, config, pack), steps)
 
 
-def _tiles(extent: int, tile: int) -> int:
-    return -(-extent // tile)
+def _rows(call: Call, config: Config) -> dict[str, Any]:
+    """What kernels over rows take beside what all take."""
+    lists = lists_of(call, row_lists(call.plan, masked_ends=call.plan.block_size[1] % config.tile_n != 0))
+    return {"lists": lists, "sizes": sizes_of(call, lists, call.plan.q_blocks)}
 
 
-def _strided(x: Tensor, keep: list[Tensor]) -> Tensor:
-    """A 4-D tensor whose last dimension is contiguous and whose rows are near enough for 32-bit offsets in a tile."""
-    fits = x.stride(3) == 1 or x.shape[3] == 1
-    if not fits or x.stride(1) * 1024 >= _INT32:
-        x = x.contiguous()
-    keep.append(x)
-    return x
-
-
-def _strides(prefix: str, x: Tensor) -> dict[str, int]:
-    batch, token, head, _ = x.stride()
-    return {f"{prefix}_batch_stride": batch, f"{prefix}_token_stride": token, f"{prefix}_head_stride": head}
-
-
-def _shared(call: Call, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any], list[Tensor]]:
-    """Arguments and constants that all kernels take, and copies to keep alive until the launch."""
-    keep: list[Tensor] = []
-    plan, (_, q_len, q_heads, dim) = call.plan, call.q.shape
-    kv_heads, value_dim = call.k.shape[2], call.v.shape[-1]
-    low, high = plan.token_mask.band
-    arguments: dict[str, Any] = {}
-    for name, x in tensors.items():
-        x = _strided(x, keep)
-        arguments |= {name: x, **_strides(name, x)}
-    padding, attn_bias, block_bias = call.key_padding_mask, call.attn_bias, call.block_bias
-    boolean = attn_bias is not None and attn_bias.dtype == torch.bool
-    attn_strides, block_strides = (0, 0, 0, 0), (0, 0)
-    if attn_bias is not None:
-        attn_bias = attn_bias.view(torch.uint8) if boolean else attn_bias
-        if attn_bias.dtype == torch.float64:
-            attn_bias = attn_bias.float()
-        attn_strides = _broadcast_strides(attn_bias)
-    if block_bias is not None:
-        block_bias = block_bias.to(torch.float32).contiguous()
-        block_strides = _broadcast_strides(block_bias)[:2]
-    threshold = dropout_threshold(call.dropout_p)
-    arguments |= {
-        "q_bounds": plan.q_bounds,
-        "kv_bounds": plan.kv_bounds,
-        "q_start": plan.q_start,
-        "kv_start": plan.kv_start,
-        "padding": None if padding is None else padding.contiguous().view(torch.uint8),
-        "q_segments": None if call.q_segments is None else call.q_segments.contiguous(),
-        "kv_segments": None if call.kv_segments is None else call.kv_segments.contiguous(),
-        "attn_bias": attn_bias,
-        "block_bias": block_bias,
-        "seeds": call.dropout_seed,
-        "bias_batch_stride": attn_strides[0],
-        "bias_head_stride": attn_strides[1],
-        "bias_query_stride": attn_strides[2],
-        "bias_key_stride": attn_strides[3],
-        "block_bias_batch_stride": block_strides[0],
-        "block_bias_head_stride": block_strides[1],
-        "q_len": q_len,
-        "kv_len": plan.seq_len[1],
-        "q_heads": q_heads,
-        "kv_heads": kv_heads,
-        "low": low,
-        "high": high,
-        "scale": call.scale * LOG2E,
-        "keep_scale": 1 / (1 - call.dropout_p),
-        "threshold": threshold - (1 << 32) if threshold >= _INT32 else threshold,
-        "first_batch": call.first_batch,
-        "first_head": call.first_head,
-    }
-    constants = {
-        "SHARED_BATCH": plan.batch == 1,
-        "SHARED_HEADS": plan.heads == 1,
-        "GROUP": q_heads // max(kv_heads, 1),
-        "CHUNK": CHUNK,
-        "D": dim,
-        "DV": value_dim,
-        "D_PAD": _padded(dim),
-        "DV_PAD": _padded(value_dim),
-        "HAS_LOW": low > -UNBOUNDED,
-        "HAS_HIGH": high < UNBOUNDED,
-        "HAS_PADDING": padding is not None,
-        "HAS_SEGMENTS": call.q_segments is not None,
-        "ATTN_BIAS": 0 if attn_bias is None else 1 if boolean else 2,
-        "HAS_BLOCK_BIAS": block_bias is not None,
-        "HAS_DROPOUT": call.dropout_p > 0,
-        "INTERPRET": INTERPRETED,
-        "PRECISION": _precision(call.q.dtype),
-    }
-    return arguments, constants, keep
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """float32 products follow torch's own switch, `torch.set_float32_matmul_precision`, as matmuls do."""
-    exact = dtype != torch.float32 or torch.version.hip is not None
-    return "ieee" if exact or torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _broadcast_strides(x: Tensor) -> tuple[int, ...]:
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
-
-
-def _over(call: Call) -> int:
-    """How often each row of the plan is expanded: batch elements and key heads that share it."""
-    batch = call.q.shape[0] if call.plan.batch == 1 else 1
-    return batch * (call.k.shape[2] if call.plan.heads == 1 else 1)
-
-
-def _row_arguments(call: Call, config: Config) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """What the kernels over rows take, and the number of programs."""
-    plan, (tile_m, tile_n) = call.plan, (config.tile_m, config.tile_n)
-    lists = row_lists(plan, masked_ends=plan.block_size[1] % tile_n != 0)
-    rows, slow, extent = plan.row_order.numel(), _over(call), _extent(call)
-    group = call.q.shape[2] // max(call.k.shape[2], 1) if plan.heads == 1 else 1
-    arguments = {
-        "row_order": plan.row_order,
-        "row_begin": plan.row_begin,
-        "row_middle": lists.middle,
-        "row_end": plan.row_end,
-        "blocks": lists.blocks,
-        "starts": lists.starts,
-        "entries": lists.entries,
-        "rows": rows,
-        "slow": slow,
-        "q_blocks": plan.q_blocks,
-    }
-    constants = {
-        "TILE_M": tile_m,
-        "TILES_M": _tiles(extent[0], tile_m),
-        "TILE_N": tile_n,
-        "TILES_N": _tiles(extent[1], tile_n),
-        "BLOCK_N": plan.block_size[1],
-    }
-    return arguments, constants, rows * slow * group * constants["TILES_M"]
+def _key_views(shared: dict[str, Any], call: Call, config: Config) -> dict[str, Any]:
+    target = Target.of(call.q.device)
+    return {f"{name}_view": view_of(shared[name], config.tile_n, config, target) for name in "kv"}
 
 
 def forward_launch(call: Call, out: Tensor, lse: Tensor, config: Config) -> Launch:
-    """The launch that fills ``out`` [B, Sq, Hq, Dv] and ``lse`` [B, Hq, Sq], both contiguous."""
-    arguments, constants, keep = _shared(call, {"q": call.q, "k": call.k, "v": call.v})
-    of_rows, tiles, programs = _row_arguments(call, config)
-    masks = (call.key_padding_mask, call.q_segments, call.attn_bias, call.block_bias)
-    arguments |= of_rows | {
-        "out": out,
-        "lse": lse,
-        "sinks": call.sinks,
-        "page_table": None if call.page_table is None else call.page_table.contiguous(),
-        "kv_blocks": call.plan.kv_blocks,
-    }
-    constants |= tiles | {
-        "HAS_SINKS": call.sinks is not None,
-        "PAGED": call.page_table is not None,
-        "FUSED_SCALE": call.scale >= 0 and all(x is None for x in masks),
-    }
-    return Launch(forward_kernel, programs, arguments, constants, config, keep)
+    """The launch that fills ``out`` [B, Sq, Hq, Dv] and ``lse`` [B, Hq, Sq], both contiguous.
+
+    With one more dimension in front, each row is cut into that many pieces, whose results `merge_launch` merges.
+    """
+    pack, splits = arguments.packed_heads(call, "forward"), out.shape[0] if out.ndim == 5 else 1
+    shared = common(call)
+    shared |= _rows(call, config) | _key_views(shared, call, config)
+    traits = traits_of(call, config, pack=pack, splits=splits)
+    shared |= {"out": out, "lse": lse, "sinks": call.sinks, "T": traits}
+    return Launch(forward_kernel, _row_programs(call, config, pack) * splits, shared, config)
+
+
+def merge_launch(parts: Tensor, parts_lse: Tensor, out: Tensor, lse: Tensor) -> Launch:
+    """The launch that merges the pieces of `forward_launch`."""
+    rows, dim, tile = lse.numel(), out.shape[-1], 16
+    given = {"parts": parts, "parts_lse": parts_lse, "out": out, "lse": lse, "rows": rows, "q_len": lse.shape[2]}
+    constants = {"SPLITS": parts.shape[0], "DV": dim, "DV_PAD": arguments.padded(dim), "TILE": tile}
+    given |= {"q_heads": lse.shape[1], **constants}
+    return Launch(merge_kernel, -(-rows // tile), given, Config(16, 16, 4, 1))
 
 
 def rows_launch(
-    call: Call, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, d_block_bias: Tensor | None, config: Config
+    call: Call,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    d_block_bias: Tensor | None,
+    config: Config,
+    d_query_bias: Tensor | None = None,
 ) -> Launch:
-    """The launch that fills ``dq`` and, where given, ``d_block_bias`` (see `_bias_sums`)."""
-    arguments, constants, keep = _shared(call, {"q": call.q, "k": call.k, "v": call.v, "dout": dout})
-    of_rows, tiles, programs = _row_arguments(call, config)
-    arguments |= of_rows | {
+    """The launch that fills ``dq`` and, where given, ``d_block_bias`` (see `_block_sums`) and ``d_query_bias``."""
+    shared = common(call)
+    shared |= _rows(call, config) | _key_views(shared, call, config)
+    shared |= {
+        "dout": arguments.operand_of(dout),
         "lse": lse,
         "delta": delta,
         "dq": dq,
-        "d_block_bias": d_block_bias,
-        "d_bias_batch_stride": 0 if d_block_bias is None else _broadcast_strides(d_block_bias)[0],
-        "d_bias_head_stride": 0 if d_block_bias is None else _broadcast_strides(d_block_bias)[1],
-        "bias_columns": 0 if d_block_bias is None else d_block_bias.shape[-1],
-        "plain_scale": call.scale,
+        "d_block_bias": bias_of(d_block_bias),
+        "d_query_bias": d_query_bias,
+        "T": traits_of(call, config),
     }
-    constants |= tiles | {"BIAS_GRADIENT": d_block_bias is not None}
-    return Launch(rows_kernel, programs, arguments, constants, config, keep)
+    return Launch(rows_kernel, _row_programs(call, config, 1), shared, config)
 
 
 def columns_launch(
@@ -337,36 +266,41 @@ def columns_launch(
     dk: Tensor,
     dv: Tensor,
     config: Config,
+    d_key_bias: Tensor | None = None,
 ) -> Launch:
-    """The launch that fills ``dk`` and ``dv`` and, where given, adds to ``dq`` in no fixed order."""
-    arguments, constants, keep = _shared(call, {"q": call.q, "k": call.k, "v": call.v, "dout": dout})
-    plan, extent, slow = call.plan, _extent(call), _over(call)
-    lists = column_lists(plan, constants["GROUP"], masked_ends=plan.block_size[0] % config.tile_m != 0)
-    columns = lists.col_order.numel()
-    arguments |= {
+    """The launch that fills ``dk``, ``dv`` and, where given, ``d_key_bias``; and adds to ``dq`` in no fixed order."""
+    shared, traits, target = common(call), traits_of(call, config), Target.of(call.q.device)
+    ends = call.plan.block_size[0] % config.tile_m != 0
+    lists = lists_of(call, column_lists(call.plan, traits.GROUP, masked_ends=ends))
+    shared |= {
+        "dout": arguments.operand_of(dout),
         "lse": lse,
         "delta": delta,
         "dq": dq,
         "dk": dk,
         "dv": dv,
-        "col_order": lists.col_order,
-        "col_begin": plan.col_begin,
-        "col_middle": lists.middle,
-        "col_end": plan.col_end,
-        "t_rows": lists.rows,
-        "t_starts": lists.starts,
-        "t_entries": lists.entries,
-        "columns": columns,
-        "slow": slow,
-        "kv_blocks": plan.kv_blocks,
-        "plain_scale": call.scale,
+        "d_key_bias": d_key_bias,
+        "lists": lists,
+        "sizes": sizes_of(call, lists, call.plan.kv_blocks),
+        "T": traits,
     }
-    constants |= {
-        "TILE_N": config.tile_n,
-        "TILES_N": _tiles(extent[1], config.tile_n),
-        "TILE_M": config.tile_m,
-        "TILES_M": _tiles(extent[0], config.tile_m),
-        "BLOCK_M": plan.block_size[0],
-        "ATOMIC": dq is not None,
+    shared |= {f"{name}_view": view_of(shared[name], config.tile_m, config, target) for name in ("q", "dout")}
+    return Launch(columns_kernel, lists.order.numel() * over(call) * traits.TILES_N, shared, config)
+
+
+def bias_launch(call: Call, dout: Tensor, lse: Tensor, delta: Tensor, d_bias: Tensor, config: Config) -> Launch:
+    """The launch that adds the gradient of every pair to ``d_bias``, zeros [1 or B, 1 or Hq, Sq, Sk]."""
+    shared, traits = common(call) | _rows(call, config), traits_of(call, config)
+    batches, heads = (whole // max(part, 1) for whole, part in zip(call.q.shape[::2], d_bias.shape[:2], strict=True))
+    shared |= {
+        "dout": arguments.operand_of(dout),
+        "lse": lse,
+        "delta": delta,
+        "d_bias": bias_of(d_bias),
+        "batches": batches,
+        "heads": heads,
+        "ACCUMULATE": batches * heads > 1,
+        "T": traits,
     }
-    return Launch(columns_kernel, columns * slow * constants["TILES_N"], arguments, constants, config, keep)
+    owners = d_bias.shape[0] * d_bias.shape[1]
+    return Launch(bias_kernel, owners * call.plan.q_blocks * traits.TILES_M, shared, config)

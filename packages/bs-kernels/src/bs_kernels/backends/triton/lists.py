@@ -44,7 +44,7 @@ class ColumnLists:
         rows: int32[N]; query block of each transposed slot.
         starts: int32[N + 1]; first local token of that block, and an element more.
         entries: int32[N]; as in the plan, of each transposed slot.
-        col_order: int32; columns in the order to schedule them: those of the plan, or, where every query head has its
+        order: int32; columns in the order to schedule them: those of the plan, or, where every query head has its
             own, of key heads: ``(l · Hkv + h) · KB + j``, ranked by the earliest of the group's columns.
     """
 
@@ -52,7 +52,7 @@ class ColumnLists:
     rows: Tensor
     starts: Tensor
     entries: Tensor
-    col_order: Tensor
+    order: Tensor
 
 
 def row_lists(plan: LayoutPlan, *, masked_ends: bool) -> RowLists:

@@ -1,25 +1,49 @@
-"""Pieces that all Triton kernels share: which tile a program computes, loads, masks, biases and dropout.
+"""Pieces that all Triton kernels share: which tile a program computes, loads, masks, biases, dropout, and the gradient
+of a tile of scores.
 
-Triton reads annotations as values, so this module does without ``from __future__ import annotations``. Coordinates come
-expanded to two dimensions ([M, 1] and [1, N], or the other way round), so that one helper serves scores and their
-transposes.
+Triton reads annotations as values, so this module does without ``from __future__ import annotations``. Shape legend: M
+queries and N keys per tile, D, DV head dims padded to a power of two. Scores are in units of log₂. They lie [M, N], or
+transposed [N, M]: AXIS says which axis the queries are on.
 """
 
 # Triton compiles what follows; to a type checker of Python it makes no sense.
-# pyright: reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 
-__all__ = ["LN2", "LOG2E", "adjust", "as_operand", "clamp_distance", "dropout_keep", "load_rows", "load_tile", "place"]
+from .operands import Here, Tokens
+
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "adjust",
+    "along",
+    "as_operand",
+    "distances",
+    "dropout_keep",
+    "gradient_tile",
+    "load_block",
+    "load_rows",
+    "load_step",
+    "owner_of",
+    "place",
+    "pointer_at",
+    "rules_at",
+    "slots_of",
+    "tokens_of",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+# -- which tile --------------------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def place(order, count, slow, FAST: tl.constexpr, TILES: tl.constexpr, CHUNK: tl.constexpr):
+def place(order, sizes, FAST: tl.constexpr, TILES: tl.constexpr, CHUNK: tl.constexpr):
     """Which tile this program computes: ``(list, slow index, fast index, tile)``.
 
     Lists are taken in the order of ``order``, CHUNK at a time; within a chunk the slow index (batch element, key head)
@@ -27,9 +51,9 @@ def place(order, count, slow, FAST: tl.constexpr, TILES: tl.constexpr, CHUNK: tl
     first, and programs that run side by side read neighbouring keys of one head.
     """
     pid = tl.program_id(0)
-    chunk = pid // (slow * FAST * TILES * CHUNK)
-    rest = pid % (slow * FAST * TILES * CHUNK)
-    size = tl.minimum(count - chunk * CHUNK, CHUNK)
+    chunk = pid // (sizes.slow * FAST * TILES * CHUNK)
+    rest = pid % (sizes.slow * FAST * TILES * CHUNK)
+    size = tl.minimum(sizes.lists - chunk * CHUNK, CHUNK)
     outer = rest // (size * FAST * TILES)
     rest = rest % (size * FAST * TILES)
     at = tl.load(order + chunk * CHUNK + rest // (FAST * TILES))
@@ -37,16 +61,136 @@ def place(order, count, slow, FAST: tl.constexpr, TILES: tl.constexpr, CHUNK: tl
 
 
 @triton.jit
-def load_tile(pointers, rows, cols, MASK_ROWS: tl.constexpr, MASK_COLS: tl.constexpr):
-    """Load a tile, zeros where ``rows`` [M] or ``cols`` [D] is false. What is not masked is known to be true."""
-    if MASK_ROWS and MASK_COLS:
-        tile = tl.load(pointers, mask=rows[:, None] & cols[None, :], other=0.0)
-    elif MASK_ROWS:
-        tile = tl.load(pointers, mask=rows[:, None], other=0.0)
-    elif MASK_COLS:
-        tile = tl.load(pointers, mask=cols[None, :], other=0.0)
+def owner_of(at, outer, sizes, kv_heads, units, T: tl.constexpr):
+    """Whose list ``at`` is, expanded by the slow index: ``(block, head, batch)``.
+
+    Where heads share lists, the head is a key head; else it is one of the ``units`` heads that have lists.
+    """
+    owner = at // sizes.blocks
+    if T.SHARED_HEADS:
+        head = outer % kv_heads
+        batch = outer // kv_heads if T.SHARED_BATCH else owner
+    else:
+        head = owner % units
+        batch = outer if T.SHARED_BATCH else owner // units
+    return at % sizes.blocks, head, batch
+
+
+@triton.jit
+def slots_of(lists, at):
+    """Where a list begins, where its slots begin to need the positional mask, and where it ends."""
+    return tl.load(lists.begin + at), tl.load(lists.middle + at), tl.load(lists.end + at)
+
+
+@triton.jit
+def tokens_of(
+    block,
+    local,
+    first,
+    bounds,
+    positions,
+    segments,
+    TILE: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The tokens of a tile that begins at ``first`` in a block. Unless MASKED, all BLOCK of them are known to exist."""
+    rows = tl.arange(0, TILE)
+    if PACK > 1:
+        at = first + rows // PACK
+    else:
+        at = first + rows
+    if MASKED:
+        length = tl.load(bounds + block + 1) - local
+    else:
+        length = BLOCK
+    inside = at < length
+    if PACK > 1:
+        inside = inside & (rows < TILE // PACK * PACK)
+    if segments is not None:
+        segment = tl.load(segments + local + at, mask=inside, other=0)
+    else:
+        segment = None
+    return Tokens(block, local, tl.load(positions + block), first, at, inside, segment)
+
+
+# -- loads -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def as_operand(x, dtype: tl.constexpr, T: tl.constexpr):
+    """Round to the operands' dtype; the interpreter multiplies the rounded values in float32, which loses nothing."""
+    y = x.to(dtype)
+    if T.INTERPRET:
+        y = y.to(tl.float32)
+    return y
+
+
+@triton.jit
+def pointer_at(operand, batch, head, pages):
+    """Where a head (and batch element, unless pages say where its blocks are) begins."""
+    pointer = operand.data + head.to(tl.int64) * operand.head
+    if pages is None:
+        pointer += batch.to(tl.int64) * operand.batch
+    return pointer
+
+
+@triton.jit
+def load_block(
+    pointer, token_stride, at, inside, WIDTH: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr
+):
+    """Load the tokens ``at`` [n, PADDED] of a block, zeros unless they are ``inside`` and beyond WIDTH."""
+    cols = tl.arange(0, PADDED)
+    pointers = pointer + at[:, None] * token_stride + cols[None, :]
+    if MASKED and WIDTH != PADDED:
+        tile = tl.load(pointers, mask=inside[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+    elif WIDTH != PADDED:
+        tile = tl.load(pointers, mask=(cols < WIDTH)[None, :], other=0.0)
     else:
         tile = tl.load(pointers)
+    return as_operand(tile, pointer.dtype.element_ty, T)
+
+
+@triton.jit
+def load_step(
+    pointer,
+    operand,
+    view,
+    tokens,
+    batch,
+    head,
+    pages,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    MASKED: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Load a tile that a loop comes to.
+
+    Args:
+        pointer: of `pointer_at`.
+        operand: the tensor.
+        view: its descriptor [B, H, S, D], or None.
+        tokens: which; their block is whole unless MASKED.
+        batch, head: whose.
+        pages: this batch element's row of the page table, or None.
+    """
+    start = tokens.local
+    if pages is not None:
+        batch = tl.load(pages + tokens.block)
+        start = 0
+    if view is not None and not MASKED:
+        tile = view.load([batch, head, start + tokens.first, 0])
+        tile = as_operand(tile.reshape(tokens.at.shape[0], PADDED), pointer.dtype.element_ty, T)
+    else:
+        if pages is not None:
+            pointer += batch.to(tl.int64) * operand.batch
+        else:
+            pointer += start.to(tl.int64) * operand.token
+        tile = load_block(pointer, operand.token, tokens.at, tokens.inside, WIDTH, PADDED, MASKED, T)
     return tile
 
 
@@ -59,97 +203,145 @@ def load_rows(lse, delta, offset, inside):
     return rows, tl.where(empty, 0.0, tl.load(delta + offset, mask=inside, other=0.0))
 
 
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def as_operand(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """Round to the operands' dtype; the interpreter multiplies the rounded values in float32, which loses nothing."""
-    y = x.to(dtype)
-    if INTERPRET:
-        y = y.to(tl.float32)
+def along(x, AXIS: tl.constexpr):
+    """A vector as the rows (0) or the columns (1) of a tile."""
+    if AXIS == 0:
+        y = x[:, None]
+    else:
+        y = x[None, :]
     return y
 
 
 @triton.jit
-def clamp_distance(k_start, q_start):
-    """Distance of two absolute positions as int32; clamped beyond every bound that a mask can have."""
-    far = k_start.to(tl.int64) - q_start.to(tl.int64)
-    return tl.minimum(tl.maximum(far, -1500000000), 1500000000).to(tl.int32)
+def rules_at(rules, sizes, scales, batch, head):
+    """The rules at a batch element and query head (a scalar, or [M, 1] where rows differ)."""
+    wide, wide_head = batch.to(tl.int64), head.to(tl.int64)
+    padding, q_segments, kv_segments = rules.padding, rules.q_segments, rules.kv_segments
+    if padding is not None:
+        padding += wide * sizes.kv_len
+    if q_segments is not None:
+        q_segments += wide * sizes.q_len
+        kv_segments += wide * sizes.kv_len
+    attn_bias, block_bias = rules.attn_bias, None
+    if attn_bias is not None:
+        attn_bias = attn_bias.data + wide * attn_bias.batch + wide_head * attn_bias.head
+    if rules.block_bias is not None:
+        block_bias = rules.block_bias.data + wide * rules.block_bias.batch + wide_head * rules.block_bias.head
+    seed = None
+    if rules.seeds is not None:
+        seed = tl.load(rules.seeds)
+    return Here(
+        sizes.low,
+        sizes.high,
+        padding,
+        q_segments,
+        kv_segments,
+        attn_bias,
+        block_bias,
+        seed,
+        sizes.first_batch + batch,
+        sizes.first_head + head,
+        sizes.threshold,
+        scales.keep,
+    )
 
 
 @triton.jit
-def adjust(
-    scores,
-    distance,
-    q_token,
-    k_token,
-    q_in,
-    k_in,
-    q_segment,
-    k_segment,
-    entry,
-    low,
-    high,
-    padding,
-    attn_bias,
-    bias_query_stride,
-    bias_key_stride,
-    block_bias,
-    MASKED: tl.constexpr,
-    ENDS: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    HAS_HIGH: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    ATTN_BIAS: tl.constexpr,
-    HAS_BLOCK_BIAS: tl.constexpr,
-):
-    """Add biases to scores (in units of log₂) and set those that a mask drops to −inf.
+def distances(q, k, AXIS: tl.constexpr):
+    """Key − query position of every pair as int32; blocks further apart than any mask's bound are clamped."""
+    far = k.position.to(tl.int64) - q.position.to(tl.int64)
+    near = tl.minimum(tl.maximum(far, -1500000000), 1500000000).to(tl.int32)
+    # The blocks' distance goes in first: a tile that never changed would be kept in registers.
+    return along(near + k.at, 1 - AXIS) - along(q.at, AXIS)
+
+
+@triton.jit
+def adjust(scores, q, k, entry, here, rules, MASKED: tl.constexpr, ENDS: tl.constexpr, AXIS: tl.constexpr):
+    """Add biases to scores and set those that a mask drops to −inf.
 
     Args:
         scores: float32, scaled, times log₂ e.
-        distance: key − query position of every pair.
-        q_token, k_token: local tokens; q_in, k_in: whether they are part of their block.
-        q_segment, k_segment: segment ids.
+        q, k: `Tokens` of the tile.
         entry: where block_bias is read.
-        low, high: the band of distances that are kept.
-        padding, attn_bias, block_bias: pointers at this batch element and head.
+        here: the rules at this batch element and head; ``rules`` has the strides.
         MASKED: the band or the end of a block may cut into this tile.
         ENDS: whether keys beyond the end of their block are masked. Where scores of one key never meet those of
             another, they need not be; queries beyond the end never do.
-        ATTN_BIAS: 0 none, 1 boolean, 2 floating.
+        AXIS: that of the queries.
     """
-    if HAS_BLOCK_BIAS:
-        scores += tl.load(block_bias + entry).to(tl.float32) * LOG2E
-    if ATTN_BIAS == 2:
-        pointers = attn_bias + q_token.to(tl.int64) * bias_query_stride + k_token.to(tl.int64) * bias_key_stride
-        scores += tl.load(pointers, mask=q_in & k_in, other=0.0).to(tl.float32) * LOG2E
+    k_in = along(k.inside, 1 - AXIS)
+    if here.block_bias is not None:
+        scores += tl.load(here.block_bias + tl.load(entry)).to(tl.float32) * LOG2E
+    if here.attn_bias is not None:
+        q_token, k_token = along(q.local + q.at, AXIS).to(tl.int64), along(k.local + k.at, 1 - AXIS).to(tl.int64)
+        pointers = here.attn_bias + q_token * rules.attn_bias.query + k_token * rules.attn_bias.key
+        bias = tl.load(pointers, mask=along(q.inside, AXIS) & k_in, other=0)
+        if bias.dtype == tl.uint8:
+            scores = tl.where(bias != 0, scores, float("-inf"))
+        else:
+            scores += bias.to(tl.float32) * LOG2E
     if MASKED:
         if ENDS:
             scores = tl.where(k_in, scores, float("-inf"))
-        if HAS_LOW:
-            scores = tl.where(distance >= low, scores, float("-inf"))
-        if HAS_HIGH:
-            scores = tl.where(distance <= high, scores, float("-inf"))
-    if HAS_PADDING:
-        scores = tl.where(tl.load(padding + k_token, mask=k_in, other=0) != 0, scores, float("-inf"))
-    if HAS_SEGMENTS:
-        scores = tl.where(q_segment == k_segment, scores, float("-inf"))
-    if ATTN_BIAS == 1:
-        pointers = attn_bias + q_token.to(tl.int64) * bias_query_stride + k_token.to(tl.int64) * bias_key_stride
-        scores = tl.where(tl.load(pointers, mask=q_in & k_in, other=0) != 0, scores, float("-inf"))
+        if here.low is not None:
+            scores = tl.where(distances(q, k, AXIS) >= here.low, scores, float("-inf"))
+        if here.high is not None:
+            scores = tl.where(distances(q, k, AXIS) <= here.high, scores, float("-inf"))
+    if here.padding is not None:
+        real = tl.load(here.padding + k.local + k.at, mask=k.inside, other=0) != 0
+        scores = tl.where(along(real, 1 - AXIS), scores, float("-inf"))
+    if q.segment is not None:
+        scores = tl.where(along(q.segment, AXIS) == along(k.segment, 1 - AXIS), scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def dropout_keep(like, seed, batch, head, q_position, k_position, threshold):
+def dropout_keep(like, q, k, here, AXIS: tl.constexpr):
     """Which probabilities dropout keeps; `bs_kernels.philox` defines the same function.
 
-    Args:
-        like: a float tile; gives the shape.
-        seed: int64.
-        batch, head: of the whole call.
-        q_position, k_position: absolute.
-        threshold: ⌊p · 2³²⌋ as the int32 with the same bits.
+    ``like``: a float tile, gives the shape. ``here.threshold``: ⌊p · 2³²⌋ as the int32 with the same bits.
     """
     zero = tl.zeros_like(like).to(tl.int32)
-    word, _, _, _ = tl.philox(seed, zero + batch, zero + head, zero + q_position, zero + k_position)
-    return word >= threshold.to(tl.uint32, bitcast=True)
+    q_position, k_position = along(q.position + q.at, AXIS), along(k.position + k.at, 1 - AXIS)
+    word, _, _, _ = tl.philox(here.seed, zero + here.batch, zero + here.head, zero + q_position, zero + k_position)
+    return word >= here.threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def gradient_tile(
+    scores,
+    left,
+    right,
+    rows_lse,
+    rows_delta,
+    q,
+    k,
+    entry,
+    here,
+    rules,
+    MASKED: tl.constexpr,
+    ENDS: tl.constexpr,
+    AXIS: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Probabilities after dropout, and the gradient of the scores, from the LSE.
+
+    Args:
+        scores: scaled products of queries and keys.
+        left, right: tiles whose product is the gradient of the probabilities: dO and V, or V and dO.
+        rows_lse, rows_delta: of `load_rows`.
+        q, k, entry, here, rules, MASKED, ENDS, AXIS: as in `adjust`.
+    """
+    scores = adjust(scores, q, k, entry, here, rules, MASKED, ENDS, AXIS)
+    weights = tl.exp2(scores - along(rows_lse, AXIS))
+    dweights = tl.dot(left, tl.trans(right), input_precision=T.PRECISION)
+    dropped = weights
+    if here.seed is not None:
+        keep = dropout_keep(weights, q, k, here, AXIS)
+        dropped = tl.where(keep, weights * here.keep_scale, 0.0)
+        dweights = tl.where(keep, dweights * here.keep_scale, 0.0)
+    return dropped, weights * (dweights - along(rows_delta, AXIS))
