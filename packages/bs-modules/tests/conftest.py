@@ -18,6 +18,6 @@ def imported(rank, world):
     """What tests need, so that no rank waits out a hop's deadline while another one still imports."""
     import bs_kernels.testing
     import bs_kernels.testing.strategies
-    import bs_modules
+    import bs_modules.testing.rings
 
     return bs_kernels.testing.__name__, bs_modules.__name__

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from bs_modules import BlockSparseAdaptive
 from bs_modules import BlockSparseRingDistributedDilatedAttention as Distributed
+from bs_modules.testing.rings import one_step, whole_tensors
 
 TOKENS, HEADS, KV_HEADS, DIM = 203, 4, 2, 8
 CONFIG = {"base_sparsity": 0.6, "block_size": 16, "hidden_dim": 16}
@@ -86,13 +88,14 @@ def run(module, gate, case, q, k, v, dout, padding, bias, rank=0):
     return [out.detach(), *(x.grad for x in leaves)], grads, losses
 
 
-def over_ranks(rank, world, names, cuts=None):
+def over_ranks(rank, world, names, cuts=None, mesh=None):
     found = {}
     for name in names:
         case = CASES[name]
         gate = make(case)
         config = {} if cuts else case.spread
-        module = Distributed(attention=gate, distributed_config=config).train(case.train)
+        group = None if mesh is None else init_device_mesh("cpu", mesh)
+        module = Distributed(attention=gate, distributed_config=config, group=group).train(case.train)
         q, k, v, dout, padding, bias = tensors(case)
         if cuts:
             q, k, v, dout, padding = (x[:, cuts[rank] : cuts[rank + 1]] for x in (q, k, v, dout, padding))
@@ -115,12 +118,13 @@ def over_ranks(rank, world, names, cuts=None):
     return found
 
 
-def check(name, results, cuts=None):
+def check(name, results, cuts=None, columns=1):
     case = CASES[name]
     gate = make(case)
     whole, grads, losses = run(gate, gate, case, *tensors(case))
     own = [result[name] for result in results]
-    assert len({digest for *_, digest, _ in own}) == 1, "every rank has the same plan"
+    for column in range(columns):
+        assert len({digest for *_, digest, _ in own[column::columns]}) == 1, "every rank of a ring has the same plan"
     for i, want in enumerate(whole):
         dim = 2 if i == 4 else 1
         got = torch.cat([r[0][i] for r in own], dim)
@@ -145,3 +149,40 @@ def test_a_step_is_that_of_one_process(ranks, world):
     results = ranks.run(over_ranks, list(CASES), world_size=world)
     for name in CASES:
         check(name, results)
+
+
+def test_a_step_over_a_mesh_is_that_of_one_process(ranks):
+    names = ["both ways, padding", "soft, shared heads", "learned density", "distillation, dropout", "bias, balanced"]
+    results = ranks.run(over_ranks, names, None, (2, 2), world_size=4)
+    for name in names:
+        check(name, results, columns=2)
+
+
+@pytest.mark.parametrize("cuts", [[0, 0, 96, 203], [0, 16, 203, 203]], ids=str)
+def test_shards_of_any_length_even_none(ranks, cuts):
+    names = ["training", "both ways, padding", "every query by itself", "learned density", "distillation, dropout"]
+    results = ranks.run(over_ranks, names, cuts, world_size=3)
+    for name in names:
+        check(name, results, cuts)
+
+
+def gated(rank, world, gate, samples):
+    """A gate's layout over the ring, taken when it is time."""
+    module = Distributed(attention=gate, distributed_config={"pattern_update_interval": 5})
+    whole = whole_tensors()
+    shards = [x.tensor_split([112], 1)[rank] for x in whole]
+    assert not module.update_pattern(3, gate, samples)
+    assert module.update_pattern(5, gate, samples)
+    return one_step(module, shards), module.attention.layout(203, False, 4).digest
+
+
+def test_the_layout_that_a_gate_picks(ranks):
+    gate = BlockSparseAdaptive(sparse_config={"base_sparsity": 0.6, "block_size": 16}, num_heads=4, head_dim=16)
+    samples = [whole_tensors(heads=4, kv_heads=4)[:2]]
+    gate.select(*samples[0])  # makes the scorer's parameters
+    results = ranks.run(gated, gate, samples, world_size=2)
+    frozen = gate.freeze(samples)
+    assert {digest for _, digest in results} == {frozen.layout(203, False, 4).digest}
+    whole = one_step(frozen, whole_tensors())
+    for i, want in enumerate(whole):
+        torch.testing.assert_close(torch.cat([r[i] for r, _ in results], 1), want)

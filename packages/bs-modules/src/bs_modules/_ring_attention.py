@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from bs_comm import Arrival, PackedRing, RingPeerError
 from bs_kernels import attention_delta, partial_backward, partial_forward
+from bs_kernels.partial import PartialGradients
 
+from ._head_exchange import AmongAll
 from ._ring_session import OpenRing, RingSession
 
 NEG_INF = float("-inf")
@@ -37,6 +39,7 @@ class RingCall:
         deterministic: Whether the backward gives the same bits every time.
         backend: Of the kernels.
         keep_kv: Keep what came in for the backward pass.
+        among: Where the heads are a share of all, and their numbers count; else None.
     """
 
     session: RingSession
@@ -51,6 +54,7 @@ class RingCall:
     deterministic: bool
     backend: str
     keep_kv: bool
+    among: AmongAll | None
 
     def ring(self) -> PackedRing:
         """The ring; opened again if others have taken its place since."""
@@ -64,14 +68,46 @@ class RingCall:
         """Undoes `sent`: keys, values or gradients ``[B, T, H, ·]`` from what the ring moves."""
         return x
 
-    def part(self, arrival: Arrival, bias: Tensor | None, block_bias: Tensor | None) -> tuple[Any, dict[str, Any]]:
-        """(kernel plan, keyword arguments) of the partial kernels for an arrival; ``bias`` covers all N keys."""
-        arguments = self.arguments(arrival)
+    def part(self, arrival: Arrival, block_bias: Tensor | None) -> tuple[Any, dict[str, Any]]:
+        """(kernel plan, keyword arguments that depend on the layout) of the partial kernels for an arrival."""
+        del block_bias  # there is none where the layout is known without the input
+        return self.open_ring.kernel_plan(arrival, self.order, self.among), {}
+
+    def _with_bias(
+        self, arrival: Arrival, bias: Tensor | None, block_bias: Tensor | None
+    ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+        """(kernel plan, all keyword arguments); ``bias`` covers all N keys."""
+        plan, arguments = self.part(arrival, block_bias)
+        arguments |= self.arguments(arrival)
         if bias is not None:
             one_for_all = bias.shape[-1] == 1
             arguments["attn_bias"] = bias if one_for_all else bias[..., self.open_ring.columns(arrival)]
-        del block_bias  # there is none where the layout is known without the input
-        return self.open_ring.kernel_plan(arrival, self.order), arguments
+        return plan, arguments
+
+    def attend(
+        self, q: Tensor, arrival: Arrival, bias: Tensor | None, block_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the own queries over an arrival."""
+        plan, arguments = self._with_bias(arrival, bias, block_bias)
+        operands = q, self.came(arrival.k), self.came(arrival.v)
+        if self.among is not None:
+            return self.among.forward(*operands, plan, arguments)
+        return partial_forward(*operands, plan, **arguments)
+
+    def differentiate(
+        self,
+        given: tuple[Tensor, Tensor, Tensor],
+        q: Tensor,
+        arrival: Arrival,
+        bias: Tensor | None,
+        block_bias: Tensor | None,
+    ) -> PartialGradients:
+        """Gradients through an arrival; ``given`` are those of the output, delta, and the merged LSE."""
+        plan, arguments = self._with_bias(arrival, bias, block_bias)
+        operands = *given, q, self.came(arrival.k), self.came(arrival.v)
+        if self.among is not None:
+            return self.among.backward(*operands, plan, arguments)
+        return partial_backward(*operands, plan, **arguments)
 
     def add_block_bias(self, total: Tensor, arrival: Arrival, share: Tensor) -> None:
         """Add an arrival's share of the gradient of ``block_bias``."""
@@ -102,8 +138,7 @@ class RingAttention(torch.autograd.Function):
         merged: list[Tensor] = []
 
         def merge(arrival: Arrival) -> None:
-            plan, arguments = call.part(arrival, bias, block_bias)
-            add_part(merged, *partial_forward(q, call.came(arrival.k), call.came(arrival.v), plan, **arguments))
+            add_part(merged, *call.attend(q, arrival, bias, block_bias))
 
         keep = call.keep_kv and any(ctx.needs_input_grad)
         with reported(call.session):
@@ -136,10 +171,7 @@ class RingAttention(torch.autograd.Function):
         dblock = None if block_bias is None else torch.zeros(block_bias.shape, dtype=lse.dtype, device=q.device)
 
         def differentiate(arrival: Arrival) -> tuple[Tensor, Tensor]:
-            plan, arguments = call.part(arrival, bias, block_bias)
-            got = partial_backward(
-                dout, delta, lse, q, call.came(arrival.k), call.came(arrival.v), plan, **arguments
-            )  # fmt: skip
+            got = call.differentiate((dout, delta, lse), q, arrival, bias, block_bias)
             dq.add_(got.q)
             if dblock is not None and got.block_bias is not None:
                 call.add_block_bias(dblock, arrival, got.block_bias)

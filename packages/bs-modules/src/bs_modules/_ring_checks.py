@@ -62,13 +62,13 @@ def check_tokens(name: str, x: Any, like: Tensor, dtypes: tuple[torch.dtype, ...
         raise ValueError(f"{name}: expected device {like.device} (that of q), got {x.device}")
 
 
-def four_dims(bias: Any, q: Tensor, keys: int) -> Tensor | None:
+def four_dims(bias: Any, q: Tensor, keys: int | None) -> Tensor | None:
     """``attn_bias`` with four dimensions.
 
     Args:
         bias: Bool or float, broadcastable to ``[B, H, S, N]``, or None.
         q: ``[B, S, H, D]``.
-        keys: N.
+        keys: N; None where it is not known yet.
     """
     if bias is None:
         return None
@@ -77,11 +77,10 @@ def four_dims(bias: Any, q: Tensor, keys: int) -> Tensor | None:
     if bias.dtype != torch.bool and not bias.is_floating_point():
         raise TypeError(f"attn_bias: expected bool (True = attend) or a floating dtype, got {bias.dtype}")
     full = (q.shape[0], q.shape[2], q.shape[1], keys)
-    if bias.ndim > 4 or any(
-        have not in (1, want) for have, want in zip(bias.shape[::-1], full[::-1], strict=False)
-    ):  # fmt: skip
+    sizes = zip(bias.shape[::-1], full[::-1], strict=False)
+    if bias.ndim > 4 or any(want is not None and have not in (1, want) for have, want in sizes):
         raise ValueError(
-            f"attn_bias: expected a shape that broadcasts to {list(full)} (own queries, all keys), got "
+            f"attn_bias: expected a shape that broadcasts to {[*full[:3], keys or 'N']} (own queries, all keys), got "
             f"{list(bias.shape)}"
         )
     return bias[(None,) * (4 - bias.ndim)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._head_exchange import ToHeads, ToTokens
+from ._head_exchange import AmongAll, ToHeads, ToTokens, bias_of_heads
 from ._ring_attention import RingAttention, RingCall, reported
 from ._ring_checks import four_dims, nothing
 from ._ring_dilated import DilatedCall, DilatedRing, common_block, segment_blocks
@@ -108,6 +108,7 @@ def over_ring(
         "deterministic": module.deterministic,
         "backend": module.backend,
         "keep_kv": config.keep_kv,
+        "among": AmongAll(*heads, x.q.shape[2]) if dropout and heads[1] > 1 else None,
     }  # fmt: skip
     if pick is not None:
         call = GatedCall(**common, pick=pick, batch=x.q.shape[0], tokens=x.q.shape[1])
@@ -125,15 +126,19 @@ def over_heads(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same where ranks share heads: tokens for heads, the ring, and back."""
     rank, ranks = module._heads()
-    for name, given in (("attn_bias", x.bias is not None), ("dropout", dropout > 0)):
-        if given:
-            raise ValueError(f"{name}: not supported over a two-dimensional mesh, whose ranks see some heads only")
+    if x.bias is not None:
+        x = replace(x, bias=four_dims(x.bias, x.q, None))
     for name, heads in (("q", x.q.shape[2]), ("k", x.k.shape[2])):
         if heads % ranks:
             raise ValueError(f"{name}: expected a multiple of {ranks} heads, shared by {ranks} ranks, got {heads}")
     gate = module.attention if isinstance(module.attention, BlockSparseAdaptive) else None
     session = session_of(module._head_group, module.distributed_config.hop_timeout, x.q.device)
-    found = session.agree(*x.words(is_causal, dropout, gate, None, is_new))
+    words, alike = x.words(is_causal, dropout, gate, None, is_new)
+    words |= {"attn_bias": x.bias_word(), "attn_bias by query": int(_by_query(x))}
+    found = session.agree(words, [*alike, "attn_bias"])
+    by_query = bool(found["attn_bias by query"].any())
+    if x.bias is not None and by_query:
+        x = replace(x, bias=x.bias.expand(-1, -1, x.q.shape[1], -1))
     queries, keys = found["query tokens"].tolist(), found["key tokens"].tolist()
     if x.q.shape[0] == 0:
         return nothing(x.q, x.k, x.v)
@@ -151,14 +156,19 @@ def over_heads(
     if gate is not None and x.given[0] is not x.q:
         seen = tuple(ToHeads.apply(y, roll_call, n) for y, n in zip(x.given, (queries, keys), strict=True))
     gathered = Operands(
-        q, k, v, together(x.key_padding, keys), together(x.q_segments, queries), together(x.kv_segments, keys), None,
-        seen,
+        q, k, v, together(x.key_padding, keys), together(x.q_segments, queries), together(x.kv_segments, keys),
+        bias_of_heads(x.bias, roll_call, queries, by_query), seen,
     )  # fmt: skip
     told = Told((rank, ranks), session, (int(found["gate seed"][0]), int(found["dropout seed"][0])))
     out, lse = over_ring(module, gathered, is_causal, dropout, is_new=is_new, told=told)
     out = ToTokens.apply(out, roll_call, queries)
     lse = ToTokens.apply(lse.transpose(1, 2)[..., None], roll_call, queries)
     return out, lse[..., 0].transpose(1, 2)  # pyright: ignore[reportReturnType, reportIndexIssue, reportOptionalSubscript]
+
+
+def _by_query(x: Operands) -> bool:
+    """Whether the bias has a row for each own query; of one query there is no telling, and no difference."""
+    return x.bias is not None and (x.bias.shape[2] != 1 or x.q.shape[1] == 1)
 
 
 def as_computed(module: Any, *tensors: Tensor) -> list[Tensor]:

@@ -48,13 +48,10 @@ class GatedCall(RingCall):
         """``[1, T, B · G, D] → [B, T, G, D]``."""
         return x[0].unflatten(1, (self.batch, -1)).transpose(0, 1)
 
-    def part(self, arrival: Arrival, bias: Tensor | None, block_bias: Tensor | None) -> tuple[Any, dict[str, Any]]:
+    def part(self, arrival: Arrival, block_bias: Tensor | None) -> tuple[Any, dict[str, Any]]:
         """The picks among the arrival, with their share of ``block_bias``."""
-        _, arguments = super().part(arrival, bias, None)
         plan, slots = self._part(arrival)
-        if block_bias is not None:
-            arguments["block_bias"] = block_bias.gather(-1, slots)
-        return plan, arguments
+        return plan, {} if block_bias is None else {"block_bias": block_bias.gather(-1, slots)}
 
     def add_block_bias(self, total: Tensor, arrival: Arrival, share: Tensor) -> None:
         """To the slots that the arrival holds."""
@@ -73,12 +70,11 @@ class GatedCall(RingCall):
         is_here = (here >= 0) & (torch.arange(here.shape[-1], device=device) < pick.counts[..., None])
         counts = is_here.sum(-1)
         slots = (~is_here).to(torch.uint8).sort(dim=-1, stable=True).indices[..., : int(counts.max())]
-        layout = BatchedLayout(
-            here.gather(-1, slots), counts, ring.block_size, (self.tokens, arrival.k.shape[1])
-        )  # fmt: skip
+        layout = BatchedLayout(here.gather(-1, slots), counts, ring.block_size, (self.tokens, arrival.k.shape[1]))
+        layout = layout if self.among is None else self.among.layout(layout)
         plan = LayoutPlan.build(
-            layout, TokenMask(causal=ring.causal), device, order=self.order,
-            q_start=arrival.q_start, kv_start=arrival.kv_start,
+            layout, TokenMask(causal=ring.causal), device, order=self.order, q_start=arrival.q_start,
+            kv_start=arrival.kv_start,
         )  # fmt: skip
         found = self._parts[arrival.step] = plan, slots
         return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +86,15 @@ class Operands:
         }
         return words, [name for name in words if name not in _OWN]
 
+    def bias_word(self) -> int:
+        """A number that ranks share only if their biases, of four dimensions, are of one kind."""
+        bias = self.bias
+        if bias is None:
+            return 0
+        kind = [bias.dtype == torch.bool, bias.element_size(), bias.requires_grad and torch.is_grad_enabled()]
+        kind += [bias.shape[0], bias.shape[1], bias.shape[3]]
+        return _number(kind)
+
 
 def _seeds(
     of_gate: bool, of_dropout: bool, device: torch.device, known: tuple[int, int] | None
@@ -101,6 +111,10 @@ def _gate_word(gate: BlockSparseAdaptive, given: tuple[Tensor, Tensor]) -> int:
     learns = [grad and x.requires_grad for x in (*given, *gate.scorer.parameters(), gate.log_temperature)]
     kind = [gate.sparse_config.to_dict(), gate.segment_lengths, gate.dilation_rates, type(gate.candidates).__name__]
     kind += [x.dtype for x in given] + [gate.training, len(gate._selections), learns]
+    return _number(kind)
+
+
+def _number(kind: list[Any]) -> int:
     return int.from_bytes(hashlib.sha256(repr(kind).encode()).digest()[:7], "little")
 
 

@@ -2,8 +2,8 @@
 
 Only pooled keys, a block's tokens at the borders between ranks, and the picks themselves travel.
 
-Shape legend: B batch, S own queries, T own keys, N tokens of the whole sequence, H query heads, G key heads, D head dim,
-QB and KB query and key blocks of the whole sequence, R own query blocks, P what pooling leaves, K slots.
+Shape legend: B batch, S own queries, T own keys, N tokens of the whole sequence, H query heads, G key heads, D head
+dim, QB and KB query and key blocks of the whole sequence, R own query blocks, P what pooling leaves, K slots.
 """
 
 from __future__ import annotations

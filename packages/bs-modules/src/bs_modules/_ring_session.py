@@ -21,6 +21,8 @@ from bs_kernels import LayoutPlan, TokenMask
 from bs_memory import BufferPool
 from bs_patterns import BlockLayout
 
+from ._head_exchange import AmongAll
+
 _RINGS_KEPT = 8
 _PLANS_KEPT = 32
 
@@ -36,19 +38,20 @@ class OpenRing:
 
     ring: PackedRing
     key: tuple[Any, ...]
-    _plans: dict[tuple[int, str], LayoutPlan] = field(default_factory=dict)
+    _plans: dict[tuple[int, str, AmongAll | None], LayoutPlan] = field(default_factory=dict)
     _columns: dict[int, Tensor] = field(default_factory=dict)
 
-    def kernel_plan(self, arrival: Arrival, order: str) -> LayoutPlan:
-        """The kernel's plan of an arrival: its blocks at their absolute positions."""
-        found = self._plans.get((arrival.step, order))
+    def kernel_plan(self, arrival: Arrival, order: str, among: AmongAll | None = None) -> LayoutPlan:
+        """The kernel's plan of an arrival: its blocks at their absolute positions, its heads where they are told."""
+        found = self._plans.get((arrival.step, order, among))
         if found is None:
             assert arrival.layout is not None
+            layout = arrival.layout if among is None else among.layout(arrival.layout)
             found = LayoutPlan.build(
-                arrival.layout, TokenMask(causal=self.ring.plan.causal), arrival.k.device,
+                layout, TokenMask(causal=self.ring.plan.causal), arrival.k.device,
                 order=order, q_start=arrival.q_start, kv_start=arrival.kv_start,
             )  # fmt: skip
-            self._plans[arrival.step, order] = found
+            self._plans[arrival.step, order, among] = found
         return found
 
     def columns(self, arrival: Arrival) -> Tensor:
