@@ -1,4 +1,4 @@
-"""The `flash` backend on dense layouts against the float64 oracle, and what it refuses."""
+"""The `flash` backend where layouts are dense per segment, against the float64 oracle, and what it refuses."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bs_kernels import (
+    BatchedLayout,
     LayoutPlan,
     TokenMask,
     attention_delta,
@@ -19,7 +20,9 @@ from bs_kernels import (
 )
 from bs_kernels.backends.base import Problem
 from bs_kernels.backends.flash import FlashBackend
-from bs_kernels.testing import check_against_oracle, make_batched_layout, make_case, make_layout
+from bs_kernels.testing import check_against_oracle, evaluate, make_batched_layout, make_case, make_layout
+from bs_kernels.testing.strategies import cases
+from bs_patterns import BlockLayout
 
 DTYPES = (torch.float64, torch.float32)
 
@@ -133,10 +136,104 @@ def test_a_causal_layout_cut_to_a_window_needs_no_more_than_the_window():
     assert LayoutPlan.build(layout, TokenMask(True, (8, 0))).dense_offset == 0
 
 
-CASE = make_case(dense(24), batch=2)
-EXTRA = make_case(
-    dense(24), batch=2, sinks=True, block_bias=True, attn_bias=True, key_padding_mask=True, segment_ids=True
+# -- segments ----------------------------------------------------------------------------------------------------------
+
+
+def documents(lengths, ids):
+    return torch.cat([torch.full((n,), i) for n, i in zip(lengths, ids, strict=True)])
+
+
+@st.composite
+def packed(draw):
+    """Operands in documents, under a layout that lists every block of theirs and perhaps more."""
+    batch, count = draw(st.integers(1, 2)), draw(st.integers(1, 4))
+    names = draw(st.lists(st.integers(-3, 9), min_size=count, max_size=count, unique=True))
+    lengths = draw(st.lists(st.integers(1, 14), min_size=count, max_size=count))
+    ids = torch.stack([documents(order, names) for order in (lengths, lengths[::-1])[:batch]])
+    mask = (ids[:, :, None] == ids[:, None, :]).any(0)
+    block = draw(st.sampled_from([(1, 1), (4, 8), (16, 5)]))
+    causal = draw(st.booleans())
+    layout = (
+        BlockLayout.from_token_mask(mask.numpy(), block_size=block) if draw(st.booleans()) else dense(*mask.shape[:1])
+    )
+    case = make_case(
+        layout,
+        seed=draw(st.integers(0, 2**31)),
+        batch=batch,
+        q_heads=4,
+        kv_heads=draw(st.sampled_from((1, 2))),
+        dtype=draw(st.sampled_from(DTYPES)),
+        causal=causal,
+        segment_ids=True,
+        **draw(st.sampled_from(({}, {"sinks": True}))),
+    )
+    case.arguments["segment_ids"] = ids
+    return case
+
+
+@given(case=packed())
+def test_documents_match_the_oracle(case):
+    check_against_oracle(case, backend="flash")
+
+
+@given(data=st.data())
+def test_what_it_takes_is_dense_per_segment(data):
+    """Any layout, ids and padding: what it says it can compute matches the oracle, and nothing else runs."""
+    case = data.draw(
+        cases(arguments=("segment_ids", "key_padding_mask", "causal", "order", "batched", "sinks"), dtypes=DTYPES)
+    )
+    table = explain_backends(case.q, case.k, case.v, case.layout if case.plan is None else case.plan, **case.arguments)
+    report = next(report for report in table if report.name == "flash")
+    if report.supported:
+        check_against_oracle(case, backend="flash")
+    else:
+        with pytest.raises(ValueError, match="'flash' cannot compute this"):
+            evaluate(case, block_sparse_attention, backend="flash")
+
+
+DIAGONAL = BlockLayout.from_dense(
+    np.array([[[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]]], np.bool_),
+    block_size=(4, 8),
+    seq_len=(18, 30),
 )
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_block_diagonal_layout_needs_no_ids(dtype, heads):
+    layout = BlockLayout.from_dense(
+        np.repeat(DIAGONAL.to_dense(), heads, 0), block_size=DIAGONAL.block_size, seq_len=DIAGONAL.seq_len
+    )
+    check_against_oracle(make_case(layout, batch=2, q_heads=4, kv_heads=2, dtype=dtype), backend="flash")
+
+
+def test_rows_without_blocks():
+    blocks = np.zeros((1, 5, 4), np.bool_)
+    blocks[0, 1, :2] = blocks[0, 3, 3] = True
+    layout = BlockLayout.from_dense(blocks, block_size=(4, 8), seq_len=(18, 30))
+    got = check_against_oracle(make_case(layout, batch=2, q_heads=2), backend="flash")
+    assert (got["out"][:, :4] == 0).all()
+    check_against_oracle(make_case(layout, batch=2, q_heads=2, sinks=True), backend="flash")
+
+
+def test_no_block_at_all():
+    layout = make_layout(np.random.default_rng(0), seq_len=(18, 30), block_size=(4, 8), density=0)
+    check_against_oracle(make_case(layout), backend="flash")
+
+
+def test_documents_in_another_order_of_keys():
+    case = make_case(dense((20, 30)), batch=2, q_heads=2, dtype=torch.float64, segment_ids=True)
+    queries = documents((7, 9, 4), (1, 2, 5)).expand(2, -1)
+    keys = documents((10, 3, 12, 5), (5, 9, 1, 3)).expand(2, -1)
+    case.arguments["segment_ids"] = (queries, keys)
+    got = check_against_oracle(case, backend="flash")
+    assert (got["lse"][:, :, 7:16] == -torch.inf).all()  # document 2 has no keys
+    assert (got["k"][:, 10:13] == 0).all()  # nobody asks document 9
+
+
+CASE = make_case(dense(24), batch=2)
+EXTRA = make_case(dense(24), batch=2, block_bias=True, attn_bias=True)
+SCATTERED = torch.tensor([[0, 1] * 12, [0] * 24])
 
 
 @pytest.mark.parametrize(
@@ -144,16 +241,15 @@ EXTRA = make_case(
     [
         ({"window": (3, 3)}, "it has no window"),
         ({"dropout_p": 0.1}, "it has no dropout by position"),
-        ({"sinks": EXTRA.arguments["sinks"]}, "it has no sinks"),
         ({"attn_bias": EXTRA.arguments["attn_bias"]}, "it has no attn_bias"),
         ({"block_bias": EXTRA.arguments["block_bias"]}, "it has no block_bias"),
-        ({"key_padding_mask": EXTRA.arguments["key_padding_mask"]}, "it has no key padding"),
-        ({"segment_ids": EXTRA.arguments["segment_ids"]}, "it has no segment ids"),
+        ({"segment_ids": SCATTERED}, "runs of consecutive tokens, and here one id has several runs"),
+        ({"key_padding_mask": SCATTERED.bool()}, "runs of consecutive tokens, and here one id has several runs"),
     ],
 )
 def test_refuses_with_the_reason(arguments, reason):
     table = explain_backends(CASE.q, CASE.k, CASE.v, CASE.layout, **arguments)
-    assert reason in next(report.reasons for report in table if report.name == "flash")
+    assert any(reason in found for found in next(report.reasons for report in table if report.name == "flash"))
     with pytest.raises(ValueError, match=f"'flash' cannot compute this: .*{reason}"):
         block_sparse_attention(CASE.q, CASE.k, CASE.v, CASE.layout, backend="flash", **arguments)
 
@@ -162,10 +258,38 @@ def test_refuses_sparse_layouts_and_shifted_causal_ones():
     sparse = make_layout(np.random.default_rng(0), seq_len=(24, 24), block_size=(4, 8), density=0.5)
     batched = make_batched_layout(np.random.default_rng(0), batch=2, seq_len=(24, 24), block_size=(4, 8), density=1)
     for layout in (sparse, batched):
-        with pytest.raises(ValueError, match="leaves blocks out"):
+        with pytest.raises(ValueError, match="leaves blocks of a segment out"):
             block_sparse_attention(CASE.q, CASE.k, CASE.v, layout, backend="flash")
     with pytest.raises(ValueError, match="at the same positions"):
         block_sparse_attention(CASE.q[:, :10], CASE.k, CASE.v, dense((10, 24)), causal=True, backend="flash")
+    gaps = LayoutPlan.build(dense(32, (8, 8)), TokenMask(True), kv_start=np.array([0, 8, 24, 32]))
+    q = torch.zeros(1, 32, 2, 8)
+    with pytest.raises(ValueError, match="only where positions have no gaps"):
+        block_sparse_attention(q, q, q, gaps, backend="flash")
+    with pytest.raises(ValueError, match="equally far apart"):
+        block_sparse_attention(
+            *(CASE.q, CASE.k, CASE.v, dense(24)), key_padding_mask=PADDED, causal=True, backend="flash"
+        )
+
+
+PADDED = torch.arange(24) < torch.tensor([[17], [24]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_at_an_end(dtype):
+    case = make_case(dense(24), batch=2, q_heads=2, dtype=dtype, key_padding_mask=True)
+    for mask in (PADDED, PADDED.flip(1), torch.zeros_like(PADDED), torch.ones_like(PADDED)):
+        case.arguments["key_padding_mask"] = mask
+        check_against_oracle(case, backend="flash")
+
+
+def test_a_plan_that_batch_elements_do_not_share():
+    """Two batch elements, each block-diagonal in its own way."""
+    blocks = np.zeros((2, 1, 4, 4), np.bool_)
+    blocks[0, 0, :2, :2] = blocks[0, 0, 2:, 2:] = blocks[1, 0] = True
+    indices = torch.from_numpy(blocks).int().argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    layout = BatchedLayout(indices, torch.from_numpy(blocks.sum(-1, dtype=np.int32)), (4, 4), (16, 16))
+    check_against_oracle(make_case(layout, batch=2, q_heads=2, dtype=torch.float64), backend="flash")
 
 
 def test_auto_takes_it_for_dense_layouts_that_native_cannot_compute():
@@ -188,8 +312,11 @@ def test_reasons_on_gpus_need_no_gpu():
         sizes = {"head_dim": 64, "value_dim": 64, "seq_len": (8, 8), "block_size": (8, 8), "dense_offset": 0}
         return "; ".join(FlashBackend().not_supported_reasons(Problem(**(sizes | asked))))
 
-    assert "float16 and bfloat16, not float32" in reasons(dtype=torch.float32)
-    assert "head dims up to 256" in reasons(head_dim=264)
-    assert "head dims up to 256" in reasons(head_dim=256, backward=True, deterministic=False)
+    assert "float16 and bfloat16 and float32, not float64" in reasons(dtype=torch.float64)
     assert "does not promise the same bits" in reasons(backward=True)
     assert "not on mps" in reasons(device="mps")
+
+
+def test_names_its_kernel():
+    table = explain_backends(CASE.q.double(), CASE.k.double(), CASE.v.double(), CASE.layout)
+    assert next(report.detail for report in table if report.name == "flash") == "torch's CPU kernel"

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bs_kernels import explain_backends
+from bs_kernels._arguments import make_call
 from bs_kernels.backends import _native_lib
-from bs_kernels.dispatch import BACKENDS, select
+from bs_kernels.dispatch import BACKENDS, choose
 from bs_kernels.hardware import Facts, find_facts, rank_backends
 from bs_kernels.op import problem_of
 from bs_kernels.testing import make_case, make_layout
@@ -96,8 +97,5 @@ def test_explain_backends_prints_the_facts_and_the_order():
 def test_what_runs_only_when_named_is_not_chosen(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     case = make_case(make_layout(np.random.default_rng(0), seq_len=(16, 16), block_size=(4, 4)), dtype=torch.float64)
-    layout = case.layout
-    from bs_kernels._arguments import make_call
-
-    problem = problem_of(make_call(case.q, case.k, case.v, layout), [0, 0, 0])
-    assert select("auto", problem).name == "torch"
+    call = make_call(case.q, case.k, case.v, case.layout)
+    assert choose("auto", problem_of(call, [0, 0, 0]), call).name == "torch"

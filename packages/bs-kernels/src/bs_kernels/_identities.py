@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["attention_delta", "sinks_gradient"]
+__all__ = ["attention_delta", "join_sinks", "sinks_gradient"]
 
 _NEG_INF = float("-inf")
 
@@ -42,3 +43,19 @@ def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """
     weight = (sinks.to(lse.dtype).view(1, -1, 1) - lse.masked_fill(lse == _NEG_INF, 0)).exp()
     return -(weight * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def join_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Let sink logits into a softmax that was computed without them.
+
+    Args:
+        out: [B, S, H, Dv].
+        lse: [B, H, S].
+        sinks: [H].
+
+    Returns:
+        The output, scaled by what the keys keep of the denominator, in the dtype of ``lse``; and the whole LSE.
+    """
+    whole = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    share = torch.where(lse == _NEG_INF, 0.0, torch.exp(lse - whole))
+    return out.to(lse.dtype) * share.transpose(1, 2).unsqueeze(-1), whole

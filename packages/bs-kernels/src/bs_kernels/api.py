@@ -159,7 +159,7 @@ def explain_backends(
         One report per backend, in the order in which ``backend="auto"`` tries them; ``print`` shows a table.
     """
     call = make_call(q, k, v, layout, **arguments)
-    return explain(problem_of(call, gradient_flags(call)), call.q.device)
+    return explain(problem_of(call, gradient_flags(call)), call, call.q.device)
 
 
 def gradient_flags(call: Call) -> list[int]:

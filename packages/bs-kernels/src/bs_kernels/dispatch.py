@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from .backends.base import Backend, Detailed, Problem
+from .backends.base import Backend, Call, Detailed, Inspecting, Problem
 from .backends.flash import FlashBackend
 from .backends.flex import FlexBackend
 from .backends.native import NativeBackend
@@ -16,7 +17,7 @@ from .backends.torch_blocks import TorchBackend
 from .backends.triton import TritonBackend
 from .hardware import Facts, Ranked, find_facts, rank_backends
 
-__all__ = ["BACKENDS", "BackendReport", "BackendTable", "explain", "get_backend", "select"]
+__all__ = ["BACKENDS", "BackendReport", "BackendTable", "choose", "explain", "get_backend", "select"]
 
 #: Every backend, in the order in which ``backend="auto"`` tries them. To add one: implement `Backend`, list it here.
 #: Which of them, and in which order on other devices, `hardware.rank_backends` says.
@@ -98,18 +99,46 @@ def get_backend(name: str) -> Backend:
 
 @lru_cache(maxsize=1024)
 def select(name: str, problem: Problem) -> Backend:
-    """The backend to run: the named one or, for "auto", the first that can.
+    """Who would compute a problem: the named backend or, for "auto", the first that can.
 
     Raises:
         ValueError: the named backend cannot compute the problem; the message lists its reasons.
     """
     if name == "auto":
-        ranked = ((backend, place) for backend, place in _ordered(Facts(problem.device)) if place.automatic)
-        return next(backend for backend, _ in ranked if not backend.not_supported_reasons(problem))
+        return next(_automatic(problem))
     backend = get_backend(name)
-    if reasons := backend.not_supported_reasons(problem):
-        raise ValueError(f"backend: {name!r} cannot compute this: {'; '.join(reasons)}")
+    _refuse_if(name, backend.not_supported_reasons(problem))
     return backend
+
+
+def choose(name: str, problem: Problem, call: Call) -> Backend:
+    """The backend to run: what `select` says unless that one, with the tensors at hand, declines.
+
+    Raises:
+        ValueError: the named backend cannot compute the call; the message lists its reasons.
+    """
+    backend = select(name, problem)
+    reasons = _refusals(backend, problem, call)
+    if not reasons:
+        return backend
+    if name != "auto":
+        _refuse_if(name, reasons)
+    return next(other for other in _automatic(problem) if not _refusals(other, problem, call))
+
+
+def _automatic(problem: Problem) -> Iterator[Backend]:
+    """The backends that ``backend="auto"`` may take and that say nothing against the problem, in their order."""
+    ranked = (backend for backend, place in _ordered(Facts(problem.device)) if place.automatic)
+    return (backend for backend in ranked if not backend.not_supported_reasons(problem))
+
+
+def _refusals(backend: Backend, problem: Problem, call: Call) -> list[str]:
+    return backend.refusals(call, problem.backward) if isinstance(backend, Inspecting) else []
+
+
+def _refuse_if(name: str, reasons: list[str]) -> None:
+    if reasons:
+        raise ValueError(f"backend: {name!r} cannot compute this: {'; '.join(reasons)}")
 
 
 def _ordered(facts: Facts) -> list[tuple[Backend, Ranked]]:
@@ -119,17 +148,18 @@ def _ordered(facts: Facts) -> list[tuple[Backend, Ranked]]:
     return [(backend, place) for _, place, backend in sorted(places, key=lambda found: found[0])]
 
 
-def explain(problem: Problem, device: torch.device) -> BackendTable:
+def explain(problem: Problem, call: Call, device: torch.device) -> BackendTable:
     """Ask every backend.
 
     Args:
         problem: what is to be computed.
+        call: its tensors.
         device: where.
     """
-    chosen, facts = select("auto", problem).name, find_facts(device)
+    chosen, facts = choose("auto", problem, call).name, find_facts(device)
     reports: list[BackendReport] = []
     for backend, place in _ordered(facts):
-        reasons = tuple(backend.not_supported_reasons(problem))
+        reasons = tuple(backend.not_supported_reasons(problem) or _refusals(backend, problem, call))
         detail = backend.detail(problem) if isinstance(backend, Detailed) and not reasons else ""
         reports.append(BackendReport(backend.name, reasons, backend.name == chosen, place.why, detail))
     table = BackendTable(reports)

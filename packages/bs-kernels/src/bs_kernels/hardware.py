@@ -25,7 +25,7 @@ import torch
 
 from .backends._native_lib import load, missing_reason
 
-__all__ = ["DEVICES", "Facts", "Ranked", "find_facts", "rank_backends"]
+__all__ = ["DEVICES", "Facts", "Ranked", "find_facts", "importable", "rank_backends"]
 
 #: Devices known by name: what `Facts.generation` says of a compute capability or an AMD architecture.
 DEVICES: dict[str, str] = {
@@ -165,7 +165,7 @@ def find_facts(device: torch.device | str) -> Facts:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    packages = frozenset(name for name in _PACKAGES if _importable(name))
+    packages = frozenset(name for name in _PACKAGES if importable(name))
     if device.type == "cpu":
         missing = missing_reason()
         return Facts(
@@ -191,7 +191,7 @@ def find_facts(device: torch.device | str) -> Facts:
     return Facts(device.type, packages=packages)
 
 
-def _importable(module: str) -> bool:
+def importable(module: str) -> bool:
     """Whether a module could be imported, found without importing it or its parent."""
     parent, _, child = module.partition(".")
     try:

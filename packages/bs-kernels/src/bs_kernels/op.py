@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._recovery import recovered_backward, recovered_forward
 from .backends.base import Call, Needs, Problem
-from .dispatch import select
+from .dispatch import choose
 from .plan import LayoutPlan
 from .token_mask import TokenMask
 
@@ -162,7 +162,7 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     call = call_of(args[:OPERANDS], sinks)
     _check_pages(call)
     out_dtype = call.accumulate_dtype if accumulate_out else call.q.dtype
-    return recovered_forward(select(backend, problem_of(call, flags)), call, out_dtype)
+    return recovered_forward(choose(backend, problem_of(call, flags), call), call, out_dtype)
 
 
 def _attention_backward(dout: Tensor, lse: Tensor, delta: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -171,7 +171,7 @@ def _attention_backward(dout: Tensor, lse: Tensor, delta: Tensor, *args: Any) ->
     _check_pages(call)
     needs = Needs(attn_bias=bool(flags[1]), block_bias=bool(flags[2]))
     grad_dtype = call.accumulate_dtype if accumulate_out else call.q.dtype
-    chosen = select(backend, problem_of(call, flags))
+    chosen = choose(backend, problem_of(call, flags), call)
     got = recovered_backward(chosen, call, dout, lse.contiguous(), delta.contiguous(), needs, grad_dtype)
     attn, block = (lse.new_empty(0) if g is None else g for g in (got.attn_bias, got.block_bias))
     return got.q, got.k, got.v, attn, block

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..plan import LayoutPlan
 
-__all__ = ["Backend", "Call", "Detailed", "Gradients", "Needs", "Problem"]
+__all__ = ["Backend", "Call", "Detailed", "Gradients", "Inspecting", "Needs", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,18 @@ class Backend(Protocol):
 
         Returns:
             The gradients.
+        """
+        ...
+
+
+@runtime_checkable
+class Inspecting(Protocol):
+    """A backend whose answer depends on more than the problem: on positions, on segment ids."""
+
+    def refusals(self, call: Call, backward: bool) -> list[str]:
+        """Why it cannot compute ``call``, which it says nothing against as a problem; empty if it can.
+
+        Asked of a backend that is about to be taken, with the tensors at hand. It may wait for the device.
         """
         ...
 

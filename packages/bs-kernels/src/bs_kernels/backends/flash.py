@@ -1,154 +1,254 @@
-"""The `flash` backend: the dense flash-attention kernels inside torch, for layouts that leave nothing out.
+"""The `flash` backend: dense flash-attention kernels, for layouts that are dense per segment.
 
-On CPUs ``aten::_scaled_dot_product_flash_attention_for_cpu``, on GPUs ``aten::_scaled_dot_product_flash_attention``;
-both return the LSE. Causal attention is theirs where queries and keys stand at the same positions.
+On a GPU the first that can of FlashAttention 3 (Hopper), FlashAttention 4 (Hopper, Blackwell), FlashAttention 2, and,
+inside torch, cuDNN (Hopper and newer), flash and memory-efficient; on a CPU torch's kernel. `_flash_segments` says what
+"dense per segment" is, `_flash_kernels` and `_flash_packages` hold the kernels.
 
 Their backward takes the output to compute ``Σ_d dout · out``; a backward here is given that number (with the gradient
 that arrives through the LSE in it) and no output. So operands get two more columns: zeros in q, k and v, (1, 1) in
 dout, and in the place of the output (δ rounded, δ − δ rounded). Then ``Σ_d dout · out`` is δ, and nothing else changes.
+FlashAttention 4 takes the gradient of the LSE, so there −δ goes in its place and the output is zero.
+
+Sinks join after the kernel: they scale the output and enter the LSE, and the backward starts from that LSE.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._identities import join_sinks
+from ._flash_kernels import TORCH_KERNELS, Asked, Kernel, Operands, on_amd
+from ._flash_packages import PACKAGE_KERNELS
+from ._flash_rubbish import contained_backward, contained_forward
+from ._flash_segments import Segments, Variable, find_segments
 from .base import Call, Gradients, Needs, Problem
 
 __all__ = ["FlashBackend"]
 
-_MAX_DIM = 256  # of the GPU kernels
 _EXTRA = 2
-_NEG_INF = float("-inf")
+_NEG_INF, _POS_INF = float("-inf"), float("inf")
 
 
 class FlashBackend:
-    """Dense attention through torch's own kernels."""
+    """Dense attention, segment by segment, through flash-attn or torch's own kernels."""
 
     name = "flash"
 
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         """See `Backend.not_supported_reasons`."""
-        reasons = []
-        if problem.dense_offset is None:
-            reasons.append("it computes dense layouts, and this one leaves blocks out or has gaps between positions")
-        elif problem.causal and (problem.seq_len[0] != problem.seq_len[1] or problem.dense_offset):
-            reasons.append("it has causal attention only where queries and keys stand at the same positions")
+        if problem.device not in TORCH_KERNELS:
+            return [f"it runs on CPUs and on CUDA and ROCm GPUs, not on {problem.device}"]
         refused = {
-            "window": problem.window,
-            "key padding": problem.key_padding,
-            "segment ids": problem.segments,
             "attn_bias": problem.attn_bias is not None,
             "block_bias": problem.block_bias,
-            "sinks": problem.sinks,
             "dropout by position": problem.dropout,
             "paged K/V": problem.paged,
         }
-        reasons += [f"it has no {what}" for what, asked in refused.items() if asked]
-        if problem.device == "cuda":
-            reasons += _gpu_reasons(problem)
-        elif problem.device == "cpu":
-            if problem.dtype not in (torch.float32, torch.float64):  # measured: LSE off by 5e-5, outside the tolerance
-                name = str(problem.dtype).removeprefix("torch.")
-                reasons.append(f"torch's CPU kernel is less exact in {name} than backends here are held to")
-        else:
-            reasons.append(f"it runs on CPUs and on CUDA and ROCm GPUs, not on {problem.device}")
+        reasons = [f"it has no {what}" for what, asked in refused.items() if asked]
+        width = max(problem.head_dim, problem.value_dim)
+        for backward in (False, True) if problem.backward else (False,):
+            able, why = _able(_asked(problem.device, problem.dtype, width, backward, problem.deterministic))
+            if not able:
+                return reasons + [reason for reason in why if reason not in reasons]
         return reasons
+
+    def refusals(self, call: Call, backward: bool) -> list[str]:
+        """See `Inspecting.refusals`."""
+        found = find_segments(call)
+        if isinstance(found, str):
+            return [found]
+        if call.q.numel() == 0 or not found.batch.size:
+            return []
+        return [why for late in ((False, True) if backward else (False,)) for why in _Run(call, found, late).refused]
+
+    def detail(self, problem: Problem) -> str:
+        """See `Detailed.detail`."""
+        width = max(problem.head_dim, problem.value_dim)
+        asked = _asked(problem.device, problem.dtype, width, problem.backward, problem.deterministic)
+        return ", else ".join(kernel.name for kernel in _able(asked)[0])
 
     def forward(self, call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         batch, len_q, heads, _ = call.q.shape
-        if call.q.numel() == 0:
-            out = call.q.new_zeros((batch, len_q, heads, call.v.shape[3]), dtype=out_dtype)
-            return out, call.q.new_full((batch, heads, len_q), _NEG_INF, dtype=call.accumulate_dtype)
-        out, lse, *_ = _attend(call, *_operands(call, 0))
-        out = out[..., : call.v.shape[3]].transpose(1, 2)
-        return out.to(out_dtype).contiguous(), lse[..., :len_q].to(call.accumulate_dtype).contiguous()
+        segments, value_dim = _segments(call), call.v.shape[3]
+        if call.q.numel() == 0 or not segments.batch.size:
+            out = call.q.new_zeros((batch, len_q, heads, value_dim), dtype=out_dtype)
+            lse = call.q.new_full((batch, heads, len_q), _NEG_INF, dtype=call.accumulate_dtype)
+        else:
+            run = _Run(call, segments, backward=False)
+            out, lse = contained_forward(run.kernel, run.operands)
+            out, lse = run.of_queries(out)[..., :value_dim], run.lse_of_queries(lse).to(call.accumulate_dtype)
+            if run.empty is not None:
+                out = out.masked_fill(run.empty[:, :, None, None], 0)
+                lse = lse.masked_fill(run.empty[:, None], _NEG_INF)
+        if call.sinks is not None:
+            out, lse = join_sinks(out, lse, call.sinks)
+        return out.to(out_dtype).contiguous(), lse.contiguous()
 
     def backward(
         self, call: Call, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype
     ) -> Gradients:
         """See `Backend.backward`."""
-        if call.q.numel() == 0:
+        segments = _segments(call)
+        if call.q.numel() == 0 or not segments.batch.size:
             return Gradients(*(torch.zeros_like(x, dtype=grad_dtype) for x in (call.q, call.k, call.v)))
-        q, k, v = _operands(call, _EXTRA)
-        value_dim, width = call.v.shape[3], v.shape[3]
-        do = F.pad(dout.to(q.dtype).transpose(1, 2), (0, width - value_dim))
+        run = _Run(call, segments, backward=True)
+        value_dim = call.v.shape[3]
+        do = run.queries(F.pad(dout.to(call.q.dtype), (0, run.width - value_dim)))
+        lse, delta = run.rows(lse.masked_fill(lse == _NEG_INF, _POS_INF)), run.rows(delta)
         out = torch.zeros_like(do)
-        do[..., width - _EXTRA :] = 1
-        rounded = delta.to(q.dtype)
-        out[..., width - 2] = rounded
-        out[..., width - 1] = (delta - rounded.to(delta.dtype)).to(q.dtype)
-        dq, dk, dv = _differentiate(call, do, q, k, v, out, lse)
-        group = call.q.shape[2] // call.k.shape[2]
+        if not run.kernel.takes_delta:
+            by_row = delta.transpose(-1, -2)
+            rounded = by_row.to(do.dtype)
+            do[..., run.width - _EXTRA :] = 1
+            out[..., run.width - 2] = rounded
+            out[..., run.width - 1] = (by_row - rounded.to(delta.dtype)).to(do.dtype)
+        dq, dk, dv = contained_backward(run.kernel, run.operands, do, out, lse, delta)
+        dq = run.of_queries(dq)[..., : call.q.shape[3]]
+        if run.empty is not None:
+            dq = dq.masked_fill(run.empty[:, :, None, None], 0)
         return Gradients(
-            (dq[..., : call.q.shape[3]] * _sign(call)).transpose(1, 2).to(grad_dtype).contiguous(),
-            _to_key_heads(dk[..., : call.k.shape[3]], group, call.accumulate_dtype).to(grad_dtype),
-            _to_key_heads(dv[..., :value_dim], group, call.accumulate_dtype).to(grad_dtype),
+            (dq * _sign(call)).to(grad_dtype).contiguous(),
+            run.of_keys(dk)[..., : call.k.shape[3]].to(grad_dtype).contiguous(),
+            run.of_keys(dv)[..., :value_dim].to(grad_dtype).contiguous(),
         )
 
 
-def _gpu_reasons(problem: Problem) -> list[str]:
-    reasons = []
-    if problem.dtype not in (torch.float16, torch.bfloat16):
-        reasons.append(f"on GPUs it computes float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
-    widest = max(problem.head_dim, problem.value_dim)
-    if _padded(widest + (_EXTRA if problem.backward else 0), "cuda") > _MAX_DIM:
-        reasons.append(f"on GPUs it has head dims up to {_MAX_DIM}, less {_EXTRA} with a backward, not {widest}")
-    if problem.backward and problem.deterministic:
-        reasons.append("on GPUs its backward does not promise the same bits (deterministic=False allows it)")
-    if not reasons and not torch.backends.cuda.is_flash_attention_available():
-        reasons.append("this torch was built without flash attention")
-    return reasons
+def _asked(device: str, dtype: torch.dtype, width: int, backward: bool, deterministic: bool) -> Asked:
+    nvidia = device == "cuda" and not on_amd() and torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if nvidia else None
+    return Asked(device, dtype, width, backward, deterministic, capability)
 
 
-def _padded(width: int, device: str) -> int:
-    return width if device == "cpu" else -(-width // 8) * 8
+@lru_cache(maxsize=256)
+def _able(asked: Asked) -> tuple[tuple[Kernel, ...], tuple[str, ...]]:
+    """The kernels that say nothing against this kind of call, in their order, and what the others say."""
+    kernels = (*PACKAGE_KERNELS, *TORCH_KERNELS[asked.device]) if asked.device == "cuda" else TORCH_KERNELS["cpu"]
+    answers = [(kernel, kernel.reasons(asked)) for kernel in kernels]
+    installed = [reason for _, reasons in answers for reason in reasons if not reason.endswith("is not installed")]
+    return tuple(kernel for kernel, reasons in answers if not reasons), tuple(installed)
 
 
-def _operands(call: Call, extra: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v head-major, as many key heads as query heads, of one width with at least ``extra`` zero columns."""
-    width = _padded(max(call.q.shape[3], call.v.shape[3]) + extra, call.q.device.type)
-    group = call.q.shape[2] // call.k.shape[2]
-    found = []
-    # The kernels mask before they scale: a scale that is not positive would turn −∞ around. Its sign goes into q.
-    for x, repeats in ((call.q if call.scale > 0 else call.q * _sign(call), 1), (call.k, group), (call.v, group)):
-        x = x.detach().transpose(1, 2)
-        x = x.repeat_interleave(repeats, 1) if repeats > 1 else x
-        found.append(F.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x)
-    return found[0], found[1], found[2]
+def _segments(call: Call) -> Segments:
+    found = find_segments(call)
+    if isinstance(found, str):
+        raise ValueError(f"backend: 'flash' cannot compute this: {found}")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One forward or backward of a call: the kernel that computes it, and its operands."""
+
+    call: Call
+    segments: Segments
+    backward: bool
+
+    @cached_property
+    def _chosen(self) -> tuple[Kernel | None, Operands | None, list[str]]:
+        call = self.call
+        width = max(call.q.shape[3], call.v.shape[3])
+        asked = _asked(call.q.device.type, call.q.dtype, width, self.backward, call.deterministic)
+        kernels, reasons = _able(asked)
+        refused = list(reasons)
+        for kernel in kernels:
+            x = self._operands(kernel)
+            why = kernel.refuses(x)
+            if not why:
+                return kernel, x, []
+            refused += why
+        return None, None, refused
+
+    @property
+    def refused(self) -> list[str]:
+        """Why no kernel can compute this; empty if one can."""
+        return self._chosen[2]
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel."""
+        if self._chosen[0] is None:
+            raise ValueError(f"backend: 'flash' cannot compute this: {'; '.join(self.refused)}")
+        return self._chosen[0]
+
+    @property
+    def operands(self) -> Operands:
+        """q, k and v as the kernel takes them: of one width, of one batch where lengths vary."""
+        assert self._chosen[1] is not None
+        return self._chosen[1]
+
+    @property
+    def width(self) -> int:
+        """Columns of the operands."""
+        return self.operands.q.shape[-1]
+
+    @cached_property
+    def variable(self) -> Variable | None:
+        """The segments on the device, or None where every batch element is one."""
+        return None if self.segments.whole else self.segments.on(self.call.q.device)
+
+    @cached_property
+    def empty(self) -> Tensor | None:
+        """bool[B, Sq]; queries without keys, or None."""
+        found = self.segments.without_keys
+        return None if found is None else found.to(self.call.q.device)
+
+    def _operands(self, kernel: Kernel) -> Operands:
+        call = self.call
+        extra = _EXTRA if self.backward and not kernel.takes_delta else 0
+        width = -(-(max(call.q.shape[3], call.v.shape[3]) + extra) // kernel.multiple) * kernel.multiple
+        # The kernels mask before they scale: a scale that is not positive would turn −∞ around. Its sign goes into q.
+        q = call.q if call.scale > 0 else call.q * _sign(call)
+        q, k, v = (F.pad(x.detach(), (0, width - x.shape[3])) for x in (q, call.k, call.v))
+        scale = abs(call.scale) or 1.0
+        return Operands(
+            self.queries(q), self._keys(k), self._keys(v), scale, self.segments, self.variable, call.deterministic
+        )
+
+    # -- between [B, S, heads, X] and what kernels take ----------------------------------------------------------------
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Rows of queries in the order of segments."""
+        return x if self.variable is None else _picked(x.flatten(0, 1), self.variable.q_index)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        return x if self.variable is None else _picked(x.flatten(0, 1), self.variable.k_index)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[B, Hq, Sq] as the kernel takes an LSE."""
+        if self.variable is None:
+            return x.contiguous()
+        return _picked(x.transpose(1, 2).flatten(0, 1), self.variable.q_index).T.contiguous()
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """The reverse of `queries`; rows in no segment are zero."""
+        return x if self.variable is None else _placed(x, self.variable.q_index, self.call.q.shape[:2])
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """The reverse for keys."""
+        return x if self.variable is None else _placed(x, self.variable.k_index, self.call.k.shape[:2])
+
+    def lse_of_queries(self, x: Tensor) -> Tensor:
+        """The reverse of `rows`."""
+        if self.variable is None:
+            return x
+        return _placed(x.T, self.variable.q_index, self.call.q.shape[:2]).transpose(1, 2)
+
+
+def _picked(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x.index_select(0, index)
+
+
+def _placed(x: Tensor, index: Tensor | None, shape: torch.Size) -> Tensor:
+    if index is not None:
+        x = x.new_zeros((shape.numel(), *x.shape[1:])).index_copy_(0, index, x)
+    return x.unflatten(0, tuple(shape))
 
 
 def _sign(call: Call) -> int:
     return (call.scale > 0) - (call.scale < 0)
-
-
-def _attend(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Any:
-    causal, scale = call.plan.token_mask.causal, abs(call.scale) or 1.0
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)
-
-
-def _differentiate(call: Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Any:
-    causal, scale = call.plan.token_mask.causal, abs(call.scale) or 1.0
-    if q.device.type == "cpu":
-        # The CPU kernel reads rows of the LSE by the strides that its own forward gives it.
-        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, q, k, v, out, lse, 0.0, causal, scale=scale
-        )
-    none = torch.empty(0, dtype=torch.int64, device=q.device)  # no dropout, no variable lengths
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        do, q, k, v, out, lse, none, none, q.shape[2], k.shape[2], 0.0, causal, none, none, scale=scale
-    )
-
-
-def _to_key_heads(gradient: Tensor, group: int, dtype: torch.dtype) -> Tensor:
-    """[B, Hq, S, X] → [B, S, Hkv, X], the heads of a group summed."""
-    if group > 1:
-        gradient = gradient.unflatten(1, (-1, group)).to(dtype).sum(2)
-    return gradient.transpose(1, 2).contiguous()
