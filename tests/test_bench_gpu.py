@@ -1,6 +1,7 @@
 """What the GPU benchmark does without a GPU: its layouts, its arithmetic and its page."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,21 +75,28 @@ def test_sections_ask_for_what_the_command_line_says(bench):
         (64, False, 0.1, "float16"),
         (64, True, 0.1, "float16"),
     ]
-    assert [s.tokens for s in bench.settings("length", args)] == [2048, 4096]
+    assert [(s.tokens, s.causal) for s in bench.settings("length", args)] == [
+        (2048, True),
+        (2048, False),
+        (4096, True),
+        (4096, False),
+    ]
+    decode = list(bench.settings("decode", args))
+    assert {(s.tokens, s.batch, s.queries) for s in decode} == {(n, b, 1) for n in (2048, 4096) for b in (1, 8)}
     for section in bench.SECTIONS:
         assert list(bench.settings(section, args))
-    for bad in (["--tokens", "1000"], ["--densities", "0"], ["--only", "nothing"]):
+    for bad in (["--tokens", "1000"], ["--densities", "0"], ["--only", "nothing"], ["--dry"]):
         with pytest.raises(SystemExit):
             bench.parse(bad)
 
 
-def test_flex_gets_the_same_blocks(bench, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+@pytest.mark.usefixtures("bench")
+def test_flex_gets_the_same_blocks():
+    import gpu_contestants as bench
+
     setting = bench.Setting(density=0.3, tokens=512, block=128, heads=2, kv_heads=2, causal=True)
     layout = bench.layout_of(setting)
-    eye = torch.eye
-    monkeypatch.setattr(torch, "eye", lambda n, dtype, device: eye(n, dtype=dtype))
-    mask = bench.block_mask_of(layout, bench.causal_mod)
+    mask = bench.block_mask_of(layout, bench.causal_mod, "cpu")
     dense = torch.from_numpy(layout.to_dense())
     assert torch.equal(mask.to_dense()[0].bool(), dense)
     assert int(mask.kv_num_blocks.sum()) == int(dense.diagonal(dim1=1, dim2=2).sum())
@@ -97,7 +105,7 @@ def test_flex_gets_the_same_blocks(bench, monkeypatch):
 def test_a_page_without_measurements_says_so_and_nothing_else(bench, tmp_path):
     bench.gpu_report.write(tmp_path)
     text = (tmp_path / "gpu.md").read_text()
-    assert text.endswith("\nNot yet measured.\n")
+    assert text == "# Kernels on GPUs\n\nNot yet measured.\n"
 
 
 def test_a_page_shows_every_device_and_what_is_missing(bench, tmp_path):
@@ -111,7 +119,7 @@ def test_a_page_shows_every_device_and_what_is_missing(bench, tmp_path):
     text = (tmp_path / "gpu.md").read_text()
     assert text.count("## GPU of a test\n") == 2
     assert f"{record['tflops_forward']:.0f}" in text
-    assert text.count("Not yet measured.") == 2 * 5
+    assert text.count("Not yet measured.") == 2 * 6
     assert "η" in bench.gpu_report.line(record)
 
 
@@ -139,6 +147,44 @@ def test_the_tuner_tries_valid_tiles(bench):
         tried = list(gpu_tune.choices(extent))
         assert {size for c in tried for size in (c.tile_m, c.tile_n)} == tiles
         assert len(set(tried)) == len(tried) == len(tiles) ** 2 * 4
+
+
+def test_the_tuner_asks_for_descriptors_on_hopper_alone(bench):
+    pytest.importorskip("triton")
+    import gpu_tune
+
+    from bs_kernels.backends.triton.config import Config
+
+    best = Config(64, 64, 4, 2)
+    assert list(gpu_tune.variants(best, hopper=False, decoding=False)) == [best]
+    assert {c.descriptors for c in gpu_tune.variants(best, hopper=True, decoding=False)} == {False, True}
+    assert {c.waves for c in gpu_tune.variants(best, hopper=False, decoding=True)} == {0, 1, 2, 4}
+
+
+INTERPRETED = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch, gpu_tune
+from bs_kernels.backends.triton.config import Config
+for decoding in (False, True):
+    call, dout = gpu_tune.call_of(16, 16, torch.float16, decoding=decoding, device="cpu", shrink=2048 if decoding else 512)
+    for run in gpu_tune.runs_of(call, dout, decoding=decoding).values():
+        run(Config(16, 16, 4, 1))
+"""
+
+
+@pytest.mark.parametrize("tool", ["bench_gpu", "gpu_tune"])
+def test_the_tools_go_through_everything_in_the_interpreter(tool, tmp_path):
+    pytest.importorskip("triton")
+    dry = [str(ROOT / "tools" / "bench_gpu.py"), "--dry", "--no-check", "--out", str(tmp_path)]
+    dry += ["--only", "plan", "memory", "decode"]
+    command = dry if tool == "bench_gpu" else ["-c", INTERPRETED, str(ROOT / "tools")]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if tool == "bench_gpu":
+        text = (tmp_path / "gpu.md").read_text()
+        assert text.count("Not yet measured.") == 4
+        assert "| 64 | 1 | 0.1 | 2 (1) | 16 |" in text
 
 
 def test_names_of_files(bench):

@@ -8,15 +8,17 @@ from typing import Any
 
 __all__ = ["line", "page", "write"]
 
-_INTRODUCTION = """\
-# Kernels on GPUs
+_TITLE = "# Kernels on GPUs"
+_INTRODUCTION = f"""\
+{_TITLE}
 
 Made by `python tools/bench_gpu.py`, one `gpu-<device>.json` per device beside this page. Before anything is timed, the
 `triton` backend is held against the float64 oracle on the device. TFLOP/s count the (query, key) pairs that the layout
 keeps, 4 · D per pair forward and 10 · D backward. η = share of pairs × t_dense / t_sparse with the fastest dense kernel
-that torch has on the device: 1 means that every skipped block is time saved. “over flex” is the time of compiled
-FlexAttention over the same blocks divided by ours, “any order” that of a backward with `deterministic=False` divided by
-that of ours.
+on the device, inside torch or in an installed flash-attn: 1 means that every skipped block is time saved. “over flex”
+is the time of compiled FlexAttention over the same blocks divided by ours, “any order” that of a backward with
+`deterministic=False` divided by that of ours, “over one piece” that of a decode step whose rows are not cut into pieces
+divided by one whose are.
 """
 
 
@@ -64,8 +66,22 @@ def _speed(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _plan(records: list[dict[str, Any]]) -> list[str]:
-    rows = [[r["tokens"], r["heads"], r["blocks"], f"{r['host_ms']:.1f}", f"{r['device_ms']:.2f}"] for r in records]
-    return _table(["tokens", "heads", "blocks", "from the host, ms", "on the device, ms"], rows)
+    header = ["tokens", "heads", "blocks", "from the host, ms", "on the device, ms", "forward kernel, ms"]
+    rows = [
+        [r["tokens"], r["heads"], r["blocks"], *(_number(r, f"{name}_ms", 2) for name in ("host", "device", "kernel"))]
+        for r in records
+    ]
+    return _table(header, rows)
+
+
+def _decode(records: list[dict[str, Any]]) -> list[str]:
+    header = ["cache", "batch", "density", "heads (keys)", "D", "ms", "over one piece", "η", "best dense"]
+    rows = []
+    for r in records:
+        row = [r["tokens"], r["batch"], r["density"], f"{r['heads']} ({r['kv_heads']})", r["head_dim"]]
+        row += [_number(r["times"].get("triton", {}), "forward", 4), _number(r, "over_one_piece")]
+        rows.append([*row, _number(r, "eta_forward"), r.get("best_dense_forward", "—")])
+    return _table(header, rows)
 
 
 def _memory(records: list[dict[str, Any]]) -> list[str]:
@@ -80,6 +96,7 @@ _SECTIONS = {
     "length": ("Length", _speed),
     "groups": ("Grouped heads", _speed),
     "plan": ("Plans", _plan),
+    "decode": ("One query at the end of a cache", _decode),
     "memory": ("Peak memory above the inputs, forward and backward", _memory),
 }
 
@@ -87,7 +104,7 @@ _SECTIONS = {
 def page(found: list[dict[str, Any]]) -> str:
     """The page for the contents of any number of files."""
     if not found:
-        return _INTRODUCTION + "\nNot yet measured.\n"
+        return f"{_TITLE}\n\nNot yet measured.\n"
     lines = [_INTRODUCTION]
     for one in found:
         device = one["device"]

@@ -1,9 +1,9 @@
-"""Measures tile sizes, warps and stages on this GPU and keeps the fastest in the file that `bs_kernels` reads.
+"""Measures tile sizes, warps, stages and ways to load on this GPU and keeps the fastest in the file that calls read.
 
     python tools/gpu_tune.py --head-dims 64 128 --blocks 64 128
 
 Once the file is there, calls use it: which configuration runs is decided by files and tables alone, never by a timing
-inside a call, so results stay the same from run to run.
+inside a call, so results stay the same from run to run. Tensor descriptors are used only where they measured faster.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bs_kernels._arguments import make_call
-from bs_kernels.backends.base import Needs
-from bs_kernels.backends.triton import config, launch
-from bs_kernels.backends.triton.config import Config
+from bs_kernels.backends.base import Call, Needs
+from bs_kernels.backends.triton import config
+from bs_kernels.backends.triton.config import Config, Shape
 from bs_patterns import BlockLayout
 
 
@@ -32,14 +32,23 @@ def choices(extent: tuple[int, int]) -> Iterator[Config]:
         yield Config(tile_m, tile_n, warps, stages)
 
 
-def fastest(options: Iterator[Config], run: Callable[[Config], object]) -> tuple[Config, float] | None:
+def variants(best: Config, *, hopper: bool, decoding: bool) -> Iterator[Config]:
+    """What else may make a configuration faster: descriptors, and how many pieces a decode step is cut into."""
+    for descriptors, waves in itertools.product((False, True) if hopper else (False,), (0, 1, 2, 4)):
+        if waves == best.waves or decoding:
+            yield replace(best, descriptors=descriptors, waves=waves)
+
+
+def fastest(options: Iterable[Config], run: Callable[[Config], object]) -> tuple[Config, float] | None:
     """The fastest configuration that the device can run, and its milliseconds."""
+    from triton.errors import TritonError
+
     best = None
     for option in options:
         try:
             run(option)
             torch.cuda.synchronize()
-        except RuntimeError:  # too much of some resource
+        except (RuntimeError, TritonError):  # too much of some resource, or nothing that the compiler can do
             continue
         times = []
         for _ in range(7):
@@ -55,47 +64,78 @@ def fastest(options: Iterator[Config], run: Callable[[Config], object]) -> tuple
     return best
 
 
+def call_of(
+    dim: int, block: int, dtype: torch.dtype, *, decoding: bool, device: str = "cuda", shrink: int = 1
+) -> tuple[Call, torch.Tensor]:
+    """A call to tune with, and a gradient of its output: training at 8,192 tokens, or one query of a long cache."""
+    tokens, queries, heads, batch = (65536 // shrink, 1, 32, 4) if decoding else (8192 // shrink, 8192 // shrink, 16, 2)
+    n, rows = tokens // block, -(-queries // block)
+    mask = np.random.default_rng(0).random((1 if decoding else heads, rows, n)) < 0.25
+    mask[:, np.arange(rows), np.arange(n)[-rows:]] = True
+    mask = mask if decoding else np.tril(mask)
+    layout = BlockLayout.from_dense(mask, block_size=block, seq_len=(queries, tokens), causal=not decoding)
+    kv_heads = 4 if decoding else heads
+    sizes = ((queries, heads), (tokens, kv_heads), (tokens, kv_heads), (queries, heads))
+    q, k, v, dout = (torch.randn(batch, s, h, dim, device=device, dtype=dtype) for s, h in sizes)
+    return make_call(q, k, v, layout), dout
+
+
+def runs_of(call: Call, dout: torch.Tensor, *, decoding: bool) -> dict[str, Callable[[Config], object]]:
+    """What each kernel is timed on."""
+    from bs_kernels.backends.triton import launch
+
+    out, lse = launch.run_forward(call, torch.float32)
+    delta = (out * dout).sum(-1).transpose(1, 2).contiguous()
+    dq, dk, dv = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+    narrow, found, wide = torch.empty_like(dout), torch.empty_like(lse), dout.new_zeros(dout.shape, dtype=torch.float32)
+    given = call, dout, lse, delta
+    runs: dict[str, Callable[[Config], object]] = {"forward": lambda c: launch.forward(call, narrow, found, c)}
+    if decoding:
+        return runs
+    return runs | {
+        "rows": lambda c: launch.rows_launch(*given, dq, None, c).run(),
+        "columns": lambda c: launch.columns_launch(*given, None, dk, dv, c).run(),
+        "atomic": lambda c: launch.columns_launch(*given, wide, dk, dv, c).run(),
+    }
+
+
 def tune(head_dims: list[int], dtype: torch.dtype, blocks: tuple[int, ...] = (128,)) -> dict[str, list[float]]:
-    """Measure and keep; returns ``[tile_m, tile_n, warps, stages, ms]`` by shape."""
+    """Measure and keep; returns the fields of `Config` and the milliseconds by shape."""
+    from bs_kernels.backends.triton.arguments import shape_of
+
     path = config.tuned_path()
     if path is None:
         raise SystemExit("gpu_tune: BS_KERNELS_TUNING=off leaves nowhere to keep the result")
+    target = config.Target.of(torch.device("cuda"))
     found: dict[str, list[float]] = {}
-    for dim, block in itertools.product(head_dims, blocks):
-        n, heads = 8192 // block, 16
-        mask = (np.random.default_rng(0).random((heads, n, n)) < 0.25) | np.eye(n, dtype=bool)
-        layout = BlockLayout.from_dense(np.tril(mask), block_size=block, seq_len=8192, causal=True)
-        q, k, v, dout = (torch.randn(2, 8192, heads, dim, device="cuda", dtype=dtype) for _ in range(4))
-        call = make_call(q, k, v, layout)
-        out, lse = launch.run_forward(call, torch.float32)
-        delta = (out * dout).sum(-1).transpose(1, 2).contiguous()
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-
-        def forward(c: Config, call=call, out=torch.empty_like(q), lse=torch.empty_like(lse)) -> None:  # noqa: B008
-            launch.forward_launch(call, out, lse, c).run()
-
-        def rows(c: Config, call=call, dout=dout, lse: Tensor = lse, delta: Tensor = delta, dq=dq) -> None:
-            launch.rows_launch(call, dout, lse, delta, dq, None, c).run()
-
-        def columns(c: Config, call=call, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv) -> None:
-            launch.columns_launch(call, dout, lse, delta, None, dk, dv, c).run()
-
-        wide = out.new_zeros(q.shape)
-
-        def atomic(c: Config, call=call, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv, wide=wide) -> None:
-            launch.columns_launch(call, dout, lse, delta, wide, dk, dv, c).run()
-
-        for name, run in (("forward", forward), ("rows", rows), ("columns", columns), ("atomic", atomic)):
-            shape = launch._shape(call, name)
+    for dim, block, decoding in itertools.product(head_dims, blocks, (False, True)):
+        call, dout = call_of(dim, block, dtype, decoding=decoding)
+        for name, run in runs_of(call, dout, decoding=decoding).items():
+            shape: Shape = shape_of(call, name)
             best = fastest(choices(shape.extent), run)
-            if best is None:
-                continue
-            chosen, ms = best
-            found[shape.key] = [chosen.tile_m, chosen.tile_n, chosen.warps, chosen.stages, ms]
-            print(f"{shape.key}: {chosen}, {ms:.3f} ms", flush=True)
-            config.write_tuned(path, config.Target.of(q.device).name, {shape.key: chosen})
-        launch.run_backward(call, dout, lse, delta, Needs(), dtype)  # with what was kept
+            if best is not None:
+                hopper = target.kind == "sm90"
+                best = min(fastest(variants(best[0], hopper=hopper, decoding=decoding), run) or best, best, key=_time)
+                chosen, ms = best
+                found[shape.key] = [*(float(value) for value in astuple(chosen)), ms]
+                print(f"{shape.key}: {chosen}, {ms:.3f} ms", flush=True)
+                config.write_tuned(path, target.name, {shape.key: chosen})
+        if not decoding:
+            _check(call, dout)
     return found
+
+
+def _time(measured: tuple[Config, float]) -> float:
+    return measured[1]
+
+
+def _check(call: Call, dout: torch.Tensor) -> None:
+    """Run with what was kept."""
+    from bs_kernels.backends.triton import launch
+
+    out, lse = launch.run_forward(call, torch.float32)
+    delta = (out * dout).sum(-1).transpose(1, 2).contiguous()
+    launch.run_backward(call, dout, lse, delta, Needs(), dout.dtype)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,9 @@ def forward_kernel(
     Rows list their whole blocks first (``begin … middle``), then those that need the positional mask. ``out`` is
     contiguous [SPLITS, B, Sq, Hq, DV], ``lse`` [SPLITS, B, Hq, Sq]; piece s of a row is the s-th of equal parts of it.
     """
-    FAST: tl.constexpr = T.GROUP // T.PACK if T.SHARED_HEADS else 1
-    at, outer, inner, tile = place(lists.order, sizes, FAST, T.TILES_M * T.SPLITS, T.CHUNK)
+    at, outer, inner, tile = place(
+        lists.order, sizes, T.GROUP // T.PACK if T.SHARED_HEADS else 1, T.TILES_M * T.SPLITS, T.CHUNK
+    )
     piece = tile // T.TILES_M
     i, head, batch = owner_of(at, outer, sizes, kv_heads, q_heads, T)
     if T.SHARED_HEADS:

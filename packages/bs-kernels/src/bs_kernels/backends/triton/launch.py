@@ -29,6 +29,7 @@ __all__ = [
     "Launch",
     "bias_launch",
     "columns_launch",
+    "forward",
     "forward_launch",
     "merge_launch",
     "rows_launch",
@@ -71,17 +72,19 @@ def run_forward(call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = call.q.new_empty((batch, q_len, q_heads, call.v.shape[-1]), dtype=out_dtype)
     lse = call.q.new_empty((batch, q_heads, q_len), dtype=torch.float32)
 
-    def run(config: Config) -> None:
-        splits = _splits(call.whole or call, config)
-        if splits == 1:
-            forward_launch(call, out, lse, config).run()
-        else:
-            parts, parts_lse = (x.new_empty((splits, *x.shape), dtype=torch.float32) for x in (out, lse))
-            forward_launch(call, parts, parts_lse, config).run()
-            merge_launch(parts, parts_lse, out, lse).run()
-
-    _try_each(call, "forward", run)
+    _try_each(call, "forward", lambda config: forward(call, out, lse, config))
     return out, lse
+
+
+def forward(call: Call, out: Tensor, lse: Tensor, config: Config) -> None:
+    """Fill ``out`` [B, Sq, Hq, Dv] and ``lse`` [B, Hq, Sq] with one configuration: rows whole, or in pieces."""
+    splits = _splits(call.whole or call, config)
+    if splits == 1:
+        forward_launch(call, out, lse, config).run()
+    else:
+        parts, parts_lse = (x.new_empty((splits, *x.shape), dtype=torch.float32) for x in (out, lse))
+        forward_launch(call, parts, parts_lse, config).run()
+        merge_launch(parts, parts_lse, out, lse).run()
 
 
 def run_backward(
