@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from bs_modules import BlockSparseAdaptive
+from bs_comm import RingMismatchError
+from bs_modules import BlockSparseAdaptive, BlockSparseRingMultiheadDilatedAttention
 from bs_modules import BlockSparseRingDistributedDilatedAttention as Distributed
 from bs_modules.testing.rings import one_step, whole_tensors
 
@@ -93,7 +94,7 @@ def over_ranks(rank, world, names, cuts=None, mesh=None):
     for name in names:
         case = CASES[name]
         gate = make(case)
-        config = {} if cuts else case.spread
+        config = {"hop_timeout": 20.0} | ({} if cuts else case.spread)
         group = None if mesh is None else init_device_mesh("cpu", mesh)
         module = Distributed(attention=gate, distributed_config=config, group=group).train(case.train)
         q, k, v, dout, padding, bias = tensors(case)
@@ -164,6 +165,78 @@ def test_shards_of_any_length_even_none(ranks, cuts):
     results = ranks.run(over_ranks, names, cuts, world_size=3)
     for name in names:
         check(name, results, cuts)
+
+
+def spread_by_hand(rank, world):
+    """Lazy parameters, single precision, caching, calibration, disagreement; what early outputs owe to late tokens."""
+    case = Case(dtype=torch.float32)
+    q, k, v, *_ = tensors(case)
+    torch.manual_seed(3 + rank)
+    lazy = Distributed(attention=BlockSparseAdaptive(sparse_config=CONFIG), distributed_config={"hop_timeout": 20.0})
+    shards = [lazy.shard(x, True) for x in (q, k, v)]
+    lazy(*shards, is_causal=True)
+    drawn = [p.detach().clone() for p in lazy.attention.scorer.parameters()]
+
+    gate = make(case).eval()
+    module = Distributed(attention=gate, distributed_config={"hop_timeout": 20.0}).eval()
+    q2, k2, v2 = (torch.cat((x[:, :150], torch.randn_like(x[:, 150:])), 1) for x in (q, k, v))
+    with torch.no_grad(), gate.calibrating():
+        out = module(*shards, is_causal=True)
+        other = module(*(module.shard(x, True) for x in (q2, k2, v2)), is_causal=True)
+    frozen = gate.freeze().layout(TOKENS, True, HEADS).digest
+    early = module.positions(TOKENS, True) < 150
+    assert torch.equal(out[:, early], other[:, early]), "later tokens change no bit"
+
+    gate.cache = True
+    first = module(*shards, is_causal=True)
+    picks, plan = dict(gate._selections), module._last_plan
+    again = module(shards[0].roll(1, 0), *shards[1:], is_causal=True)
+    assert gate._selections == picks
+    assert module._last_plan is plan
+    assert again.shape == first.shape
+    gate.cache = False
+
+    gate.sparse_config.base_sparsity = 0.5 + 0.1 * (rank == 1)
+    with pytest.raises(RingMismatchError) as caught:
+        module(*shards, is_causal=True)
+    assert caught.value.fields == {"gate": [1]}
+    return drawn, out, frozen
+
+
+def test_lazy_cached_calibrated_and_without_a_leak(ranks):
+    results = ranks.run(spread_by_hand, world_size=3)
+    case = Case(dtype=torch.float32, train=False)
+    q, k, v, *_ = tensors(case)
+    torch.manual_seed(3)
+    lazy = BlockSparseAdaptive(sparse_config=CONFIG)
+    lazy.select(q, k, True)
+    for drawn, _, digest in results:
+        assert all(torch.equal(a, b) for a, b in zip(drawn, lazy.scorer.parameters(), strict=True))
+        assert digest == results[0][2]
+    gate = make(case)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat([out for _, out, _ in results], 1), gate(q, k, v, is_causal=True))
+
+
+def projections(attention=None):
+    gate = BlockSparseAdaptive(sparse_config=CONFIG, num_heads=HEADS, head_dim=DIM)
+    inside = gate if attention is None else attention(attention=gate)
+    return BlockSparseRingMultiheadDilatedAttention(HEADS * DIM, HEADS, batch_first=True, attention=inside).eval()
+
+
+def projected(rank, world, state, x):
+    module = projections(Distributed)
+    module.load_state_dict(state)
+    mine = module.attention.shard(x, True)
+    return module(mine, mine, mine, need_weights=False, is_causal=True)[0].detach()
+
+
+def test_multihead_around_a_live_gate(ranks):
+    x, alone = torch.randn(2, TOKENS, HEADS * DIM), projections()
+    state = {name.replace("attention.", "attention.attention."): value for name, value in alone.state_dict().items()}
+    results = ranks.run(projected, state, x, world_size=2)
+    want, _ = alone(x, x, x, need_weights=False, is_causal=True)
+    torch.testing.assert_close(torch.cat(results, 1), want)
 
 
 def gated(rank, world, gate, samples):

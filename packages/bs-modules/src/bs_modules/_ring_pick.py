@@ -193,8 +193,11 @@ def _queries(gate: BlockSparseAdaptive, session: RingSession, q: Tensor, blocks:
     firsts = q[:, ::size]
     starts = len(blocks.own) > 0 and blocks.own[0] == 0  # nothing comes before the first row's query
     made = [firsts[:, :1].transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, parts, -1)] if starts else []
-    windows = torch.cat((tails[order].transpose(0, 1), firsts[:, int(starts) :, None]), 2)  # pyright: ignore[reportOptionalSubscript]
-    made.append(pool_blocks(windows.flatten(1, 2), size, None, parts) if len(order) else nothing)
+    if len(order):
+        windows = torch.cat((tails[order].transpose(0, 1), firsts[:, int(starts) :, None]), 2)  # pyright: ignore[reportOptionalSubscript]
+        made.append(pool_blocks(windows.flatten(1, 2), size, None, parts))
+    else:  # all the same part of the graph, since its backward is for all ranks
+        made.append(nothing + tails.sum())  # pyright: ignore[reportOptionalMemberAccess]
     return _wide(torch.cat(made, 2))
 
 
