@@ -56,19 +56,14 @@ class Backward {
     bias_.use(arena.take<double>(bias_.tasks()));
 
     Counter packs, rows, columns, biases;
-    const bool prepare = keys_.packed() || separate() || values_.packed() || info_.padded || info_.lowest;
+    Preparation<V> preparation(c_, info_, {&keys_, separate() ? &keys_paired_ : nullptr, &values_});
     const long heads = c_.batch * c_.kv_heads, row_tasks = c_.batch * c_.q_heads * c_.q_blocks;
     const long column_tasks = c_.page_table ? c_.kv_heads * readers_.count : heads * c_.kv_blocks;
     run_team(c_.num_threads, [&](int thread) {
       const TileRegion<V> tiles;
       Space s(*this, space + thread * own, by_heads ? c_.kv_len : largest);
-      if (prepare) {
-        for (long x; (x = packs.take()) < prepare_items(c_);) {
-          if (separate())
-            prepare_block(c_, x, info_, keys_, keys_paired_, values_);
-          else
-            prepare_block(c_, x, info_, keys_, values_);
-        }
+      if (preparation.items()) {
+        for (long x; (x = packs.take()) < preparation.items();) preparation.item(x);
         if (c_.num_threads > 1) barrier();
       }
       if (by_heads) {
@@ -86,9 +81,8 @@ class Backward {
  private:
   friend class BiasGradient<V>;
   static constexpr long L = 2 * V::W;
-  // Lanes of a row of p_rows and ds_rows: a matrix tile takes whole rows, zero where there is no query.
-  template <int MV>
-  static constexpr long kPairLanes = V::TILES ? L : MV * V::W;
+  static constexpr int kJoint = 2;                 // tiles that share one product into dK and dV
+  static constexpr long kRowUnits = kJoint * L / V::PAIR;  // operands of a row of p_rows and ds_rows
 
   // One tile of queries and everything that its products read.
   struct Tile : Queries<V> {
@@ -109,20 +103,17 @@ class Backward {
       for (Tile& t : tiles) {
         t.query_panel = cut(k.d_units_ * L);
         t.dout_panel = cut(k.v_units_ * L);
-        t.query_rows = cut(L / V::PAIR * k.d_pad_);
-        t.dout_rows = cut(L / V::PAIR * k.v_pad_);
         t.dq = cut(k.d_pad_ * L);
         t.lse = cut(L);
         t.delta = cut(L);
       }
+      for (Tile& t : tiles) t.query_rows = cut(L / V::PAIR * k.d_pad_);  // of all tiles in a row, as joint products read them
+      for (Tile& t : tiles) t.dout_rows = cut(L / V::PAIR * k.v_pad_);
       scores = cut(kKeys * L);
       dscores = cut(kKeys * L);
-      p_rows = ds_rows = ds_pairs = nullptr;
-      if (V::PAIR == 2) {
-        p_rows = cut(kKeys * L / 2);
-        ds_rows = cut(kKeys * L / 2);
-        ds_pairs = cut(kKeys * L / 2);
-      }
+      p_rows = cut(kKeys * kRowUnits);
+      ds_rows = cut(kKeys * kRowUnits);
+      ds_pairs = V::PAIR == 2 ? cut(kKeys * L / 2) : nullptr;
       peak = cut(L);
       scratch = cut(V::W * (k.d_pad_ > k.v_pad_ ? k.d_pad_ : k.v_pad_));
       dk = cut(sums * k.d_pad_);
@@ -134,7 +125,7 @@ class Backward {
     return (d_units_ + v_units_ + d_pad_ + 2) * L + L / V::PAIR * (d_pad_ + v_pad_);
   }
   long scratch_floats() const {
-    return kKeys * L * 2 + (V::PAIR == 2 ? kKeys * L / 2 * 3 : 0) + L + V::W * (d_pad_ > v_pad_ ? d_pad_ : v_pad_);
+    return kKeys * (L + kRowUnits) * 2 + (V::PAIR == 2 ? kKeys * L / 2 : 0) + L + V::W * (d_pad_ > v_pad_ ? d_pad_ : v_pad_);
   }
   // Whether keys are packed a second time, with pairs of rows interleaved.
   bool separate() const { return V::PAIR == 2; }
@@ -221,7 +212,8 @@ class Backward {
       for (long x = c_.row_begin[r]; x < c_.row_end[r]; ++x)
         each_piece(c_, x, [&](const Keys& keys) {
           const long token = c_.kv_bounds[keys.block];
-          for (int t = 0; t < used; ++t) visit<wants>(s.tiles[t], kv_head, keys, s, s.dk + token * d_pad_, s.dv + token * v_pad_);
+          for (int t = 0; t < used; t += kJoint)
+            visit<wants>(s.tiles + t, used - t, kv_head, keys, s, s.dk + token * d_pad_, s.dv + token * v_pad_);
         });
       for (int t = 0; t < used; ++t) store_queries(s.tiles[t], s.scratch);
     }
@@ -276,10 +268,13 @@ class Backward {
       const long column = layout_.column(b, h, j);
       for (long y = c_.col_begin[column]; y < c_.col_end[column]; ++y) {
         const long i = c_.t_rows[y];
-        for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1]; q0 += L) {
-          const long left = c_.q_bounds[i + 1] - q0;
-          load_tile(s.tiles[0], b, h, i, q0, left < L ? left : L, s.scratch);
-          each_piece(c_, c_.t_slots[y], [&](const Keys& keys) { visit<Wants::Keys>(s.tiles[0], kv_head, keys, s, s.dk, s.dv); });
+        for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1];) {
+          int used = 0;
+          for (; used < kJoint && q0 < c_.q_bounds[i + 1]; q0 += L) {
+            const long left = c_.q_bounds[i + 1] - q0;
+            load_tile(s.tiles[used++], b, h, i, q0, left < L ? left : L, s.scratch);
+          }
+          each_piece(c_, c_.t_slots[y], [&](const Keys& keys) { visit<Wants::Keys>(s.tiles, used, kv_head, keys, s, s.dk, s.dv); });
         }
       }
     }
@@ -300,19 +295,38 @@ class Backward {
     return true;
   }
 
+  // Up to kJoint neighbouring tiles and a piece of a key block. Where all take the same keys, dK and dV are read and written once;
+  // sums run over the queries in order either way.
   template <Wants wants>
-  BSA_INLINE void visit(Tile& t, long kv_head, Keys keys, Space& s, float* dk, float* dv) const {
-    if (t.vectors == 2)
-      visit<2, wants>(t, kv_head, keys, s, dk, dv);
-    else
-      visit<1, wants>(t, kv_head, keys, s, dk, dv);
+  void visit(Tile* tiles, int count, long kv_head, const Keys& keys, Space& s, float* dk, float* dv) const {
+    if (count > kJoint) count = kJoint;
+    Keys cut[kJoint];
+    bool live[kJoint];
+    for (int x = 0; x < count; ++x) {
+      cut[x] = keys;
+      live[x] = tiles[x].vectors == 2 ? gradients<2, wants>(tiles[x], x, kv_head, cut[x], s)
+                                      : gradients<1, wants>(tiles[x], x, kv_head, cut[x], s);
+    }
+    if (wants == Wants::Queries) return;
+    for (int x = 0; x < count; ++x) {
+      if (!live[x]) continue;
+      int last = x;
+      while (last + 1 < count && live[last + 1] && cut[last + 1].offset == cut[x].offset && cut[last + 1].count == cut[x].count) ++last;
+      const long depth = (last - x) * (L / V::PAIR) + units<V>(tiles[last].count), from = x * (L / V::PAIR);
+      product_lanes<V, Walk::Rows, Into::Add>(int(v_pad_ / V::W), cut[x].count, depth, s.p_rows + from, kRowUnits * 4,
+                                              tiles[x].dout_rows, v_pad_, dv + cut[x].offset * v_pad_, v_pad_);
+      product_lanes<V, Walk::Rows, Into::Add>(int(d_pad_ / V::W), cut[x].count, depth, s.ds_rows + from, kRowUnits * 4,
+                                              tiles[x].query_rows, d_pad_, dk + cut[x].offset * d_pad_, d_pad_);
+      x = last;
+    }
   }
 
+  // P and dS of a tile, the `at`-th of its visit, as rows of keys, and dQ; false when nothing is left. Cuts `keys`.
   template <int MV, Wants wants>
-  void visit(Tile& t, long kv_head, Keys keys, Space& s, float* dk, float* dv) const {
+  bool gradients(Tile& t, int at, long kv_head, Keys& keys, Space& s) const {
     constexpr long lanes = MV * V::W;
     TileMask mask;
-    if (!score<MV>(t, kv_head, keys, mask, s)) return;
+    if (!score<MV>(t, kv_head, keys, mask, s)) return false;
     const long rows = keys.count, even = round_up(rows, kKeyStep<V>);
     for (long x = rows * lanes; x < even * lanes; ++x) s.scores[x] = -kInf, s.dscores[x] = 0.f;
     const bool sums = wants != Wants::Keys && c_.dblock_bias;
@@ -320,44 +334,38 @@ class Backward {
     if (drop_.on) {
       uint32_t keep[kKeys * MV];
       drop_.keep<V, MV>(t.b, t.h, mask.query0, mask.key0, even, keep);
-      sum = sums ? score_gradients<MV, true, true>(t, even, s, keep) : score_gradients<MV, false, true>(t, even, s, keep);
+      sum = sums ? score_gradients<MV, true, true>(t, at, even, s, keep) : score_gradients<MV, false, true>(t, at, even, s, keep);
     } else {
-      sum = sums ? score_gradients<MV, true, false>(t, even, s, nullptr) : score_gradients<MV, false, false>(t, even, s, nullptr);
+      sum = sums ? score_gradients<MV, true, false>(t, at, even, s, nullptr) : score_gradients<MV, false, false>(t, at, even, s, nullptr);
     }
     if (sums) c_.dblock_bias[(t.b * c_.q_heads + t.h) * c_.bias_entries + c_.entries[keys.slot]] += sum;
 
-    const float* p = V::PAIR == 2 ? s.p_rows : s.scores;
-    const float* ds = V::PAIR == 2 ? s.ds_rows : s.dscores;
-    const long step = kPairLanes<MV> / V::PAIR * 4, depth = units<V>(t.count);
-    if constexpr (wants != Wants::Queries) {
-      product_lanes<V, Walk::Rows, Into::Add>(int(v_pad_ / V::W), rows, depth, p, step, t.dout_rows, v_pad_,
-                                              dv + keys.offset * v_pad_, v_pad_);
-      product_lanes<V, Walk::Rows, Into::Add>(int(d_pad_ / V::W), rows, depth, ds, step, t.query_rows, d_pad_,
-                                              dk + keys.offset * d_pad_, d_pad_);
-    }
     if constexpr (wants != Wants::Keys) {
       const char* k = key_columns().block(t.b, kv_head, keys.block, keys.offset);
-      const long stride = key_columns().row_bytes();
-      const float* by_key = V::PAIR == 2 ? s.ds_pairs : s.dscores;
+      const long stride = key_columns().row_bytes(), ldb = V::PAIR == 2 ? lanes : kRowUnits;
+      const float* by_key = V::PAIR == 2 ? s.ds_pairs : s.ds_rows + at * L;
       if (t.first)
-        product<V, MV, Walk::Columns, Into::Set>(c_.dim, even / V::PAIR, k, stride, by_key, lanes, t.dq, lanes);
+        product<V, MV, Walk::Columns, Into::Set>(c_.dim, even / V::PAIR, k, stride, by_key, ldb, t.dq, lanes);
       else
-        product<V, MV, Walk::Columns, Into::Add>(c_.dim, even / V::PAIR, k, stride, by_key, lanes, t.dq, lanes);
+        product<V, MV, Walk::Columns, Into::Add>(c_.dim, even / V::PAIR, k, stride, by_key, ldb, t.dq, lanes);
       t.first = false;
     }
+    return true;
   }
 
-  // scores -> P, dscores -> dS; for PAIR 2 as bf16 rows, and dS also as interleaved pairs of keys. Returns the sum of dS. With
-  // `drops`, P becomes what dropout keeps of it, not yet divided by 1 - p.
+  // scores -> P, dscores -> dS as rows of keys, in the `at`-th place; for PAIR 2 in bf16, and dS also as interleaved pairs of keys.
+  // Returns the sum of dS. With `drops`, P becomes what dropout keeps of it, not yet divided by 1 - p.
   template <int MV, bool sums, bool drops>
-  __attribute__((noinline)) float score_gradients(const Tile& t, long rows, Space& s, const uint32_t* keep) const {
+  __attribute__((noinline)) float score_gradients(const Tile& t, int at, long rows, Space& s, const uint32_t* keep) const {
     constexpr long lanes = MV * V::W;
     const typename V::f factor = V::all(drop_.scale);
     typename V::f total = V::all(0.f);
-    if constexpr (V::TILES && MV == 1) {
-      std::memset(s.p_rows, 0, size_t(rows * L) * 2);
-      std::memset(s.ds_rows, 0, size_t(rows * L) * 2);
-    }
+    float *p_rows = s.p_rows + at * (L / V::PAIR), *ds_rows = s.ds_rows + at * (L / V::PAIR);
+    if constexpr (V::TILES && MV == 1)  // a matrix tile takes whole rows
+      for (long n = 0; n < rows; ++n) {
+        std::memset(p_rows + n * kRowUnits, 0, L * 2);
+        std::memset(ds_rows + n * kRowUnits, 0, L * 2);
+      }
     for (int j = 0; j < MV; ++j) {
       const typename V::f lse = V::load(t.lse + j * V::W), delta = V::load(t.delta + j * V::W);
       auto pair = [&](long n, typename V::f& p, typename V::f& d) {
@@ -370,11 +378,10 @@ class Backward {
       };
       if constexpr (V::PAIR == 1) {
         for (long n = 0; n < rows; ++n) {
-          const long x = n * lanes + j * V::W;
           typename V::f p, d;
           pair(n, p, d);
-          V::store(s.scores + x, p);
-          V::store(s.dscores + x, d);
+          V::store(p_rows + n * kRowUnits + j * V::W, p);
+          V::store(ds_rows + n * kRowUnits + j * V::W, d);
           if (sums) total = V::add(total, d);
         }
       } else {
@@ -382,11 +389,11 @@ class Backward {
           typename V::f p0, p1, d0, d1;
           pair(n, p0, d0);
           pair(n + 1, p1, d1);
-          const long to = (n * kPairLanes<MV> + j * V::W) / 2, next = to + kPairLanes<MV> / 2;
-          V::store_bf16(s.p_rows + to, p0);
-          V::store_bf16(s.p_rows + next, p1);
-          V::store_bf16(s.ds_rows + to, d0);
-          V::store_bf16(s.ds_rows + next, d1);
+          const long to = n * kRowUnits + j * V::W / 2, next = to + kRowUnits;
+          V::store_bf16(p_rows + to, p0);
+          V::store_bf16(p_rows + next, p1);
+          V::store_bf16(ds_rows + to, d0);
+          V::store_bf16(ds_rows + next, d1);
           V::store(s.ds_pairs + n / 2 * lanes + j * V::W, V::pair(d0, d1));
           if (sums) total = V::add(total, V::add(d0, d1));
         }

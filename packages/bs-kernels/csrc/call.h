@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 6
+#define BSA_ABI_VERSION 7
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
 enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
@@ -64,8 +64,9 @@ typedef struct {
   int64_t first_batch, first_head;  // what dropout counts batch elements and query heads from
 
   bsa_tensor q, k, v, out, dout, dq, dk, dv;
-  float* lse;                    // [batch, q_heads, q_len]; written by forward, read by backward
-  const float* delta;            // [batch, q_heads, q_len]: rowsum(dout * out) - dlse; read by backward
+  float* lse;                    // [batch, q_heads, q_len]; written by forward, read by backward and delta
+  const float* dlse;             // [batch, q_heads, q_len], or null for zeros; read by delta
+  float* delta;                  // [batch, q_heads, q_len]: rowsum(dout * out) - dlse; written by delta, read by backward
 
   void* workspace;               // aligned to 64 bytes; the core allocates nothing itself
   int64_t workspace_bytes;
@@ -82,6 +83,8 @@ BSA_EXPORT int bsa_openmp(void);            // 1 when built with threads
 // With `need`, nothing runs: the bytes of workspace that the call takes are written there.
 BSA_EXPORT int bsa_forward(const bsa_call* call, int64_t* need);
 BSA_EXPORT int bsa_backward(const bsa_call* call, int64_t* need);
+// Reads batch, q_heads, q_len, v_dim, dout in dtype and out in result_dtype; takes no workspace.
+BSA_EXPORT int bsa_delta(const bsa_call* call);
 
 #ifdef __cplusplus
 }

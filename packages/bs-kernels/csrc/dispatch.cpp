@@ -2,6 +2,7 @@
 #include "amx_support.h"
 #include "call.h"
 #include "engine.h"
+#include "huge_pages.h"
 #include "self_test.h"
 
 // The build defines BSA_WITH_<NAME> for every instruction set that it compiled.
@@ -124,12 +125,30 @@ int bsa_openmp(void) {
 int bsa_forward(const bsa_call* call, int64_t* need) {
   const bsa_engine* e = nullptr;
   const int status = resolve(call, &e);
-  return status ? status : e->forward(call, need);
+  if (status || need) return status ? status : e->forward(call, need);
+  const bsa_call& c = *call;
+  prefer_huge_pages(c.workspace, c.workspace_bytes);
+  prefer_huge_pages(c.out, c.result_dtype, c.batch, c.q_len, c.q_heads, c.v_dim);
+  return e->forward(call, nullptr);
 }
 
 int bsa_backward(const bsa_call* call, int64_t* need) {
   const bsa_engine* e = nullptr;
   const int status = resolve(call, &e);
-  return status ? status : e->backward(call, need);
+  if (status || need) return status ? status : e->backward(call, need);
+  const bsa_call& c = *call;
+  prefer_huge_pages(c.workspace, c.workspace_bytes);
+  prefer_huge_pages(c.dq, c.result_dtype, c.batch, c.q_len, c.q_heads, c.dim);
+  if (!c.page_table) {
+    prefer_huge_pages(c.dk, c.result_dtype, c.batch, c.kv_len, c.kv_heads, c.dim);
+    prefer_huge_pages(c.dv, c.result_dtype, c.batch, c.kv_len, c.kv_heads, c.v_dim);
+  }
+  return e->backward(call, nullptr);
+}
+
+int bsa_delta(const bsa_call* call) {
+  const bsa_engine* e = nullptr;
+  const int status = resolve(call, &e);
+  return status ? status : e->delta(call);
 }
 }

@@ -6,6 +6,7 @@
 struct bsa_engine {
   int (*forward)(const bsa_call*, int64_t* need);
   int (*backward)(const bsa_call*, int64_t* need);
+  int (*delta)(const bsa_call*);
 };
 
 extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512, bsa_engine_avx512_bf16, bsa_engine_amx_bf16,
@@ -14,4 +15,5 @@ extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512,
 #define BSA_DEFINE_ENGINE(NAME, V)                                              \
   static int run_forward(const bsa_call* c, int64_t* need) { return Forward<V>(*c).run(need); }    \
   static int run_backward(const bsa_call* c, int64_t* need) { return Backward<V>(*c).run(need); }  \
-  const bsa_engine NAME = {run_forward, run_backward};
+  static int run_delta(const bsa_call* c) { return Delta<V>(*c).run(); }          \
+  const bsa_engine NAME = {run_forward, run_backward, run_delta};

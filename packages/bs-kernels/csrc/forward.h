@@ -42,12 +42,11 @@ class Forward {
     list_tasks(list);
 
     Counter packs, work;
-    const long pack_items = prepare_items(c_);
-    const bool prepare = keys_.packed() || values_.packed() || info_.padded || info_.lowest;
+    Preparation<V> preparation(c_, info_, {&keys_, &values_});
     run_team(threads_, [&](int thread) {
       const TileRegion<V> tiles;
-      if (prepare) {
-        for (long x; (x = packs.take()) < pack_items;) prepare_block(c_, x, info_, keys_, values_);
+      if (preparation.items()) {
+        for (long x; (x = packs.take()) < preparation.items();) preparation.item(x);
         if (threads_ > 1) barrier();
       }
       for (long x; (x = work.take()) < tasks;) task(list[x], space + thread * own_);

@@ -1,6 +1,7 @@
 #include "vec_amx_bf16_emulated.h"
 // The vector type comes first.
 #include "backward.h"
+#include "delta.h"
 #include "engine.h"
 #include "forward.h"
 

@@ -1,6 +1,7 @@
 #include "vec_avx512_bf16.h"
 // The vector type comes first.
 #include "backward.h"
+#include "delta.h"
 #include "engine.h"
 #include "forward.h"
 

@@ -20,14 +20,9 @@ constexpr long units(long n) {
 template <class V>
 constexpr long kKeyStep = V::TILES ? 32 : V::PAIR;
 
-// Row of `n` elements -> operands, zero padded to `padded` operands. PAIR 2 keeps bf16; otherwise the row becomes f32.
+// Row of `n` elements -> f32, zero padded to `padded`.
 template <class V>
-BSA_INLINE void load_row(const void* src, int dtype, long n, float* dst, long padded) {
-  if constexpr (V::PAIR == 2) {
-    std::memcpy(dst, src, size_t(n) * 2);
-    std::memset(reinterpret_cast<char*>(dst) + n * 2, 0, size_t(padded * 4 - n * 2));
-    return;
-  }
+BSA_INLINE void widen_row(const void* src, int dtype, long n, float* dst, long padded) {
   if (dtype == BSA_F32) {
     std::memcpy(dst, src, size_t(n) * 4);
   } else if (dtype == BSA_BF16) {
@@ -49,6 +44,17 @@ BSA_INLINE void load_row(const void* src, int dtype, long n, float* dst, long pa
     }
   }
   std::memset(dst + n, 0, size_t(padded - n) * 4);
+}
+
+// Row of `n` elements -> operands, zero padded to `padded` operands. PAIR 2 keeps bf16; otherwise the row becomes f32.
+template <class V>
+BSA_INLINE void load_row(const void* src, int dtype, long n, float* dst, long padded) {
+  if constexpr (V::PAIR == 2) {
+    std::memcpy(dst, src, size_t(n) * 2);
+    std::memset(reinterpret_cast<char*>(dst) + n * 2, 0, size_t(padded * 4 - n * 2));
+  } else {
+    widen_row<V>(src, dtype, n, dst, padded);
+  }
 }
 
 // f32 values -> a row of `dtype`, rounded to nearest even.

@@ -1,5 +1,6 @@
 // What forward and backward share: workspace, key operands, the tasks and the thread team.
 #pragma once
+#include <initializer_list>
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -116,18 +117,19 @@ class Operand {
     if (!packed_) return block_at(c_, t_, b, j, kv_head) + offset * row_bytes();
     return reinterpret_cast<const char*>(memory_ + row(b, kv_head, j) * ld_) + (paired_ ? offset / kKeyStep<V> : offset) * row_bytes();
   }
-  void pack(long b, long kv_head, long j) {
-    if (!packed_) return;
-    const Layout layout(c_);
-    const char* src = block_at(c_, t_, b, j, kv_head);
-    const long step = t_.token * element_size(c_.dtype), count = layout.kv_size(j);
-    float* dst = memory_ + row(b, kv_head, j) * ld_;
+  // Rows that pack() takes at a time.
+  long step() const { return paired_ ? kStep : 1; }
+  // Packs `count` <= step() rows from key `offset` of block j, a multiple of step().
+  void pack(long b, long kv_head, long j, long offset, long count) {
+    const long stride = t_.token * element_size(c_.dtype);
+    const char* src = block_at(c_, t_, b, j, kv_head) + offset * stride;
+    float* dst = memory_ + row(b, kv_head, j) * ld_ + offset / step() * ld_;
     if (paired_ && V::TILES)
-      load_tiles<V>(src, step, count, n_, dst);
+      load_tiles<V>(src, stride, count, n_, dst);
     else if (paired_)
-      load_rows_paired<V>(src, step, c_.dtype, count, n_, dst, ld_);
+      load_rows_paired<V>(src, stride, c_.dtype, count, n_, dst, ld_);
     else
-      for (long r = 0; r < count; ++r) load_row<V>(src + r * step, c_.dtype, n_, dst + r * ld_, ld_);
+      load_row<V>(src, c_.dtype, n_, dst, ld_);
   }
 
  private:
@@ -177,16 +179,42 @@ struct KeyBlocks {
   }
 };
 
-// Packs key block j of kv head h where something reads it; h == kv_heads fills the masks' summary instead.
-template <class... O>
-void prepare_block(const bsa_call& c, long item, KeyBlocks& info, O&... operands) {
-  const long j = item % c.kv_blocks, h = item / c.kv_blocks % (c.kv_heads + 1), b = item / c.kv_blocks / (c.kv_heads + 1);
-  if (h == c.kv_heads)
-    info.fill(c, b, j);
-  else if (Layout(c).referenced(b, h, j))
-    (operands.pack(b, h, j), ...);
-}
-inline long prepare_items(const bsa_call& c) { return c.batch * (c.kv_heads + 1) * c.kv_blocks; }
+// What every key block needs before the products: its operands packed for the kv heads that reference it, and the masks' summary.
+template <class V>
+class Preparation {
+ public:
+  Preparation(const bsa_call& c, KeyBlocks& info, std::initializer_list<Operand<V>*> operands) : c_(c), info_(info) {
+    for (Operand<V>* o : operands)
+      if (o && o->packed()) operands_[count_++] = o;
+    // Rows of neighbouring heads lie side by side: whoever takes several reads whole pages.
+    if (c.batch * c.kv_blocks >= 8 * c.num_threads) heads_ = c.kv_heads < kHeads ? c.kv_heads : kHeads;
+    groups_ = (c.kv_heads + heads_ - 1) / heads_;
+  }
+  long items() const { return count_ || info_.padded || info_.lowest ? c_.batch * groups_ * c_.kv_blocks : 0; }
+  void item(long x) {
+    const long j = x % c_.kv_blocks, group = x / c_.kv_blocks % groups_, b = x / c_.kv_blocks / groups_;
+    const Layout layout(c_);
+    if (group == 0) info_.fill(c_, b, j);
+    long heads[kHeads], used = 0;
+    for (long h = group * heads_; h < group * heads_ + heads_ && h < c_.kv_heads; ++h)
+      if (count_ && layout.referenced(b, h, j)) heads[used++] = h;
+    const long size = layout.kv_size(j);
+    for (int o = 0; o < count_; ++o) {
+      const long step = operands_[o]->step();
+      for (long offset = 0; offset < size; offset += step)
+        for (long y = 0; y < used; ++y)
+          operands_[o]->pack(b, heads[y], j, offset, size - offset < step ? size - offset : step);
+    }
+  }
+
+ private:
+  static constexpr long kHeads = 16;
+  const bsa_call& c_;
+  KeyBlocks& info_;
+  Operand<V>* operands_[3];
+  int count_ = 0;
+  long heads_ = 1, groups_;
+};
 
 // Up to 2 W queries of one (batch, head), one per lane.
 template <class V>

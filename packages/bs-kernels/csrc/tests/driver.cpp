@@ -363,6 +363,13 @@ void run(long number) {
         const bool same = std::isinf(a.lse[x]) ? lse[x] == a.lse[x] : std::fabs(lse[x] - a.lse[x]) < 1e-5 * (1 + std::fabs(a.lse[x]));
         if (!same) std::printf("problem %ld, %s: lse %g, not %g\n", number, bsa_isa_name(isa), lse[x], a.lse[x]), ++failures;
       }
+      std::vector<float> sums(lse.size());
+      c.dlse = dlse.data(), c.delta = sums.data();
+      if (bsa_delta(&c) != BSA_OK) std::printf("delta refused\n"), std::exit(1);
+      c.delta = delta.data();
+      for (size_t x = 0; x < sums.size(); ++x)
+        if (!(std::fabs(sums[x] - delta[x]) <= 64 * epsilon * 16))
+          std::printf("problem %ld, %s: delta %g, not %g\n", number, bsa_isa_name(isa), sums[x], delta[x]), ++failures;
       std::vector<char> first;
       for (int split : {BSA_SPLIT_HEADS, BSA_SPLIT_BLOCKS}) {
         c.split = split;

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backends.native import native_delta
+
 __all__ = ["attention_delta", "join_sinks", "sinks_gradient"]
 
 _NEG_INF = float("-inf")
@@ -24,10 +26,22 @@ def attention_delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None 
     Source:
         Dao, Fu, Ermon, Rudra, Ré, "FlashAttention", 2022, with ∂lse/∂s = P added.
     """
+    tensors = [x for x in (dout, out, lse, dlse) if x is not None]
+    if _is_plain(tensors) and (delta := native_delta(dout, out, lse, dlse)) is not None:
+        return delta
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     if dlse is not None:
         delta = delta - dlse.to(lse.dtype)
     return delta.masked_fill(lse == _NEG_INF, 0)
+
+
+def _is_plain(tensors: list[Tensor]) -> bool:
+    """Whether nothing watches these tensors: no autograd, tracing, function transform or dispatch mode."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return all(type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
 
 
 def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

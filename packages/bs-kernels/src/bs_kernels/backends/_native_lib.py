@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 6
+ABI_VERSION = 7
 #: Instruction sets by their number in csrc/call.h, slowest first.
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated")
 #: For tests: runs anywhere, slowly, and only when ``BS_KERNELS_ISA`` names it.
@@ -89,7 +89,7 @@ class CoreCall(ctypes.Structure):
         ("first_batch", ctypes.c_int64),
         ("first_head", ctypes.c_int64),
         *((name, CoreTensor) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("lse", "delta", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("lse", "dlse", "delta", "workspace")),
         ("workspace_bytes", ctypes.c_int64),
     )
 
@@ -125,6 +125,8 @@ class NativeCore:
         for function in self._run.values():
             function.argtypes = (ctypes.POINTER(CoreCall), ctypes.POINTER(ctypes.c_int64))
             function.restype = ctypes.c_int
+        self._delta = library.bsa_delta
+        self._delta.argtypes, self._delta.restype = (ctypes.POINTER(CoreCall),), ctypes.c_int
 
     def refusal(self, name: str) -> str | None:
         """Why an instruction set cannot run here; None if it can. The first question may take a self-test."""
@@ -180,6 +182,14 @@ class NativeCore:
         with _workspace(need.value) as workspace:
             call.workspace, call.workspace_bytes = workspace.data_ptr(), workspace.numel()
             self._check(name, self._run[name](call, None))
+
+    def run_delta(self, call: CoreCall) -> None:
+        """Run ``bsa_delta``.
+
+        Raises:
+            RuntimeError: the core refused the call, which is a bug in the binding.
+        """
+        self._check("delta", self._delta(call))
 
     @staticmethod
     def _check(name: str, status: int) -> None:

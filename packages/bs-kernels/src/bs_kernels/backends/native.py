@@ -13,7 +13,7 @@ from . import _native_lib
 from ._native_lib import ISA_NAMES, PLAN_LISTS, CoreCall, CoreTensor
 from .base import Call, Gradients, Needs, Problem
 
-__all__ = ["NativeBackend"]
+__all__ = ["NativeBackend", "native_delta"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -90,6 +90,52 @@ class NativeBackend:
         if dbias is not None and call.block_bias is not None:
             dbias = dbias.sum_to_size(call.block_bias.shape)
         return Gradients(dq, dk, dv, dattn, dbias)
+
+
+def native_delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) -> Tensor | None:
+    """`attention_delta` in one pass over plain tensors, without temporaries.
+
+    Args:
+        dout, out, lse, dlse: those of `attention_delta`.
+
+    Returns:
+        [B, H, S] in float32, outside autograd; None where the core cannot compute it: other devices and dtypes, shapes
+        that broadcast, or no core.
+    """
+    if out.ndim != 4:
+        return None
+    batch, q_len, q_heads, v_dim = out.shape
+    given = (lse,) if dlse is None else (lse, dlse)
+    if any(x.dtype != torch.float32 or x.shape != (batch, q_heads, q_len) for x in given):
+        return None
+    if dout.shape != out.shape or not out.numel() or dout.dtype not in _DTYPES or out.dtype not in _DTYPES:
+        return None
+    if any(x.device.type != "cpu" for x in (dout, out, *given)) or _native_lib.missing_reason():
+        return None
+    core, keep = _native_lib.load(), []
+    delta = torch.empty(lse.shape, dtype=torch.float32)
+    args = CoreCall(
+        abi_version=_native_lib.ABI_VERSION,
+        isa=ISA_NAMES.index(core.isa),
+        num_threads=torch.get_num_threads() if core.threaded else 1,
+        dtype=_DTYPES[dout.dtype],
+        result_dtype=_DTYPES[out.dtype],
+        batch=batch,
+        q_heads=q_heads,
+        kv_heads=1,
+        q_len=q_len,
+        dim=1,
+        v_dim=v_dim,
+        layouts=1,
+        layout_heads=1,
+        dout=_tensor(dout, keep),
+        out=_tensor(out, keep),
+        lse=_keep(lse, keep),
+        dlse=None if dlse is None else _keep(dlse, keep),
+        delta=delta.data_ptr(),
+    )
+    core.run_delta(args)
+    return delta
 
 
 def _keep(tensor: Tensor, keep: list[Tensor]) -> int:
