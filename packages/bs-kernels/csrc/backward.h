@@ -31,7 +31,7 @@ class Backward {
     bool by_heads = c_.split == BSA_SPLIT_AUTO ? heads_are_faster() : c_.split == BSA_SPLIT_HEADS;
     const long largest = largest_block();
     const long sums = (by_heads ? c_.kv_len : largest) * (d_pad_ + v_pad_);
-    const long own = round_up(sums + kTiles * tile_floats() + scratch_floats(), 16);
+    const long own = round_up(sums + kTiles * tile_floats() + scratch_floats() + (by_heads ? c_.kv_blocks / 4 + 1 : 0), 16);
     Arena arena;
     arena.plan(c_.num_threads * own * 4);
     arena.plan(keys_.bytes());
@@ -96,7 +96,8 @@ class Backward {
   // What a thread owns.
   struct Space {
     Tile tiles[kTiles];
-    float *dk, *dv;  // [key][element]
+    float *dk, *dv;    // [key][element]
+    uint8_t* touched;  // by heads: whether these hold a sum for a key block, or anything
     float *scores, *dscores, *p_rows, *ds_rows, *ds_pairs, *peak, *scratch;
     Space(const Backward& k, float* m, long sums) {
       auto cut = [&m](long n) { return m += n, m - n; };
@@ -118,6 +119,7 @@ class Backward {
       scratch = cut(V::W * (k.d_pad_ > k.v_pad_ ? k.d_pad_ : k.v_pad_));
       dk = cut(sums * k.d_pad_);
       dv = cut(sums * k.v_pad_);
+      touched = reinterpret_cast<uint8_t*>(m);
     }
   };
 
@@ -194,9 +196,15 @@ class Backward {
     }
   }
 
-  void clear(Space& s, long keys) const {
-    std::memset(s.dk, 0, size_t(keys * d_pad_) * 4);
-    std::memset(s.dv, 0, size_t(keys * v_pad_) * 4);
+  void clear(Space& s, long from, long to) const {
+    std::memset(s.dk + from * d_pad_, 0, size_t((to - from) * d_pad_) * 4);
+    std::memset(s.dv + from * v_pad_, 0, size_t((to - from) * v_pad_) * 4);
+  }
+  // Clears the sums of key block j right before their first use, which then finds them in the cache.
+  BSA_INLINE void touch(long j, Space& s) const {
+    if (s.touched[j]) return;
+    s.touched[j] = 1;
+    clear(s, c_.kv_bounds[j], c_.kv_bounds[j + 1]);
   }
 
   // Walks the keys of one row; `dk`, `dv` are indexed by token.
@@ -209,23 +217,26 @@ class Backward {
         const long left = c_.q_bounds[i + 1] - q0;
         load_tile(s.tiles[used++], b, h, i, q0, left < L ? left : L, s.scratch);
       }
-      for (long x = c_.row_begin[r]; x < c_.row_end[r]; ++x)
+      for (long x = c_.row_begin[r]; x < c_.row_end[r]; ++x) {
+        if constexpr (wants == Wants::All) touch(c_.indices[x], s);
         each_piece(c_, x, [&](const Keys& keys) {
           const long token = c_.kv_bounds[keys.block];
           for (int t = 0; t < used; t += kJoint)
             visit<wants>(s.tiles + t, used - t, kv_head, keys, s, s.dk + token * d_pad_, s.dv + token * v_pad_);
         });
+      }
       for (int t = 0; t < used; ++t) store_queries(s.tiles[t], s.scratch);
     }
   }
 
   void head_task(long b, long kv_head, Space& s) const {
-    clear(s, c_.kv_len);
+    std::memset(s.touched, 0, size_t(c_.kv_blocks));
     const long g = layout_.group();
     for (long h = kv_head * g; h < kv_head * g + g; ++h)
       for (long i = 0; i < c_.q_blocks; ++i) row<Wants::All>(b, h, i, s);
     for (long j = 0; j < c_.kv_blocks; ++j) {
       if (c_.page_table && !layout_.referenced(b, kv_head, j)) continue;
+      touch(j, s);
       const long page = c_.page_table ? c_.page_table[b * c_.kv_blocks + j] : b, token = c_.page_table ? 0 : c_.kv_bounds[j];
       store_keys(page, kv_head, token, layout_.kv_size(j), s.dk + c_.kv_bounds[j] * d_pad_, s.dv + c_.kv_bounds[j] * v_pad_);
     }
@@ -240,7 +251,7 @@ class Backward {
   void column_task(long x, Space& s) const {
     const long rank = x % c_.kv_blocks, kv_head = x / c_.kv_blocks % c_.kv_heads, b = x / c_.kv_blocks / c_.kv_heads;
     const long j = layout_.shared() ? c_.col_order[rank] : rank;
-    clear(s, layout_.kv_size(j));
+    clear(s, 0, layout_.kv_size(j));
     column(b, kv_head, j, s);
     store_keys(b, kv_head, c_.kv_bounds[j], layout_.kv_size(j), s.dk, s.dv);
   }
@@ -252,8 +263,7 @@ class Backward {
     for (long r = readers_.begin[page]; r < readers_.begin[page + 1]; ++r) {
       const long b = readers_.items[r] / c_.kv_blocks, j = readers_.items[r] % c_.kv_blocks, own = layout_.kv_size(j);
       if (own > size) {
-        std::memset(s.dk + size * d_pad_, 0, size_t((own - size) * d_pad_) * 4);
-        std::memset(s.dv + size * v_pad_, 0, size_t((own - size) * v_pad_) * 4);
+        clear(s, size, own);
         size = own;
       }
       column(b, kv_head, j, s);
