@@ -1,16 +1,20 @@
 """Tokens along one dimension of a mesh, heads along the other: the result of one process."""
 
 import math
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 
-from bs_comm import Placement
-from bs_comm.testing import owners
+from bs_comm import Placement, RingPeerError
+from bs_comm.testing import RankPool, owners
+from bs_kernels.backends.native import NativeBackend
 from bs_kernels.testing import assert_close_to_oracle
 from bs_kernels.testing.strategies import cases
 from bs_modules import BlockSparseRingDilatedAttention
@@ -85,3 +89,44 @@ def test_tokens_and_heads_on_a_mesh_of_two_by_two(ranks):
     whole = one_step(BlockSparseRingDilatedAttention(sparse_config=CONFIG), whole_tensors(), is_causal=True)
     for i, want in enumerate(whole):
         torch.testing.assert_close(torch.cat([r[i] for r in results], 1), want)
+
+
+def fail_and_go_on(rank, world, victims, at_backward):
+    """The victims die in a kernel; the others raise, regroup, and redo the step."""
+    module = Distributed(
+        sparse_config=CONFIG, distributed_config={"hop_timeout": 3.0}, group=init_device_mesh("cpu", (2, 2))
+    )
+    dist.barrier()
+    if rank in victims:
+        name = "backward" if at_backward else "forward"
+        setattr(NativeBackend, name, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RingPeerError) as caught:
+        one_step(module, [module.shard(x, True) for x in whole_tensors()], is_causal=True)
+    left = module.regroup(caught.value, patience=0.5)
+    other = Distributed(sparse_config=CONFIG, group=left.group)
+    assert (other.world_size, other.rank) == (module.world_size, module.rank) == (left.world_size, left.rank)
+    redone = one_step(module, [module.shard(x, True) for x in whole_tensors()], is_causal=True)
+    return left.old_ranks, module._heads(), redone
+
+
+def fresh_step(rank, world, mesh):
+    group = None if mesh is None else init_device_mesh("cpu", mesh)
+    module = Distributed(sparse_config=CONFIG, group=group)
+    return one_step(module, [module.shard(x, True) for x in whole_tensors()], is_causal=True)
+
+
+@pytest.mark.parametrize(
+    ("victims", "at_backward", "shape"),
+    [([3], True, None), ([0], False, None), ([0, 2], False, (1, 2))],
+    ids=["one ring of three", "the first rank", "a row of two"],
+)
+def test_the_ranks_left_of_a_mesh_redo_the_step(ranks, victims, at_backward, shape):
+    left = [rank for rank in range(4) if rank not in victims]
+    with RankPool(4) as pool:
+        pool.start(fail_and_go_on, victims, at_backward)
+        results = pool.collect(60, ranks=left)
+    fresh = ranks.run(fresh_step, shape, world_size=len(left))
+    for new_rank, (old_ranks, heads, redone) in enumerate(results):
+        assert old_ranks == tuple(left)
+        assert heads[1] == (1 if shape is None else shape[1])
+        assert all(torch.equal(a, b) for a, b in zip(redone, fresh[new_rank], strict=True))

@@ -207,6 +207,23 @@ class reported:
             self._session.failed(RingPeerError(self._session.rank, 0, 0, "forward", mine))
 
 
+class passed_on:
+    """Tell the groups of a mesh of a failure met in one of them, each in its own numbers."""
+
+    def __init__(self, *sessions: RingSession) -> None:
+        self._sessions = sessions
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RingPeerError):
+            for session in self._sessions:
+                if session.failure is None:
+                    mine = f"this rank met a failure in another group of the mesh: {error}"[:300]
+                    session.failed(RingPeerError(session.rank, 0, 0, error.phase, mine))
+
+
 def add_part(merged: list[Tensor], out: Tensor, lse: Tensor) -> None:
     """Add a part to the running result, in place: ``l = logaddexp(l₁, l₂)``, ``o = Σ exp(l_i − l) o_i``."""
     if not merged:

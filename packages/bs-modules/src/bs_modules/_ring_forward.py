@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._head_exchange import AmongAll, ToHeads, ToTokens, bias_of_heads
-from ._ring_attention import RingAttention, RingCall, reported
+from ._ring_attention import RingAttention, RingCall, passed_on, reported
 from ._ring_checks import four_dims, nothing
 from ._ring_dilated import DilatedCall, DilatedRing, common_block, segment_blocks
 from ._ring_gate import GatedCall, pick_or_cached, share_parameters
@@ -125,14 +125,21 @@ def over_heads(
     module: Any, x: Operands, is_causal: bool, dropout: float, *, is_new: bool = False
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same where ranks share heads: tokens for heads, the ring, and back."""
-    rank, ranks = module._heads()
+    ranks, timeout = module._heads()[1], module.distributed_config.hop_timeout
     if x.bias is not None:
         x = replace(x, bias=four_dims(x.bias, x.q, None))
     for name, heads in (("q", x.q.shape[2]), ("k", x.k.shape[2])):
         if heads % ranks:
             raise ValueError(f"{name}: expected a multiple of {ranks} heads, shared by {ranks} ranks, got {heads}")
+    session, ring = (session_of(group, timeout, x.q.device) for group in (module._head_group, module._group))
+    with passed_on(session, ring):
+        return _over_heads(module, session, x, is_causal, dropout, is_new)
+
+
+def _over_heads(
+    module: Any, session: RingSession, x: Operands, is_causal: bool, dropout: float, is_new: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     gate = module.attention if isinstance(module.attention, BlockSparseAdaptive) else None
-    session = session_of(module._head_group, module.distributed_config.hop_timeout, x.q.device)
     words, alike = x.words(is_causal, dropout, gate, None, is_new)
     words |= {"attn_bias": x.bias_word(), "attn_bias by query": int(_by_query(x))}
     found = session.agree(words, [*alike, "attn_bias"])
@@ -159,7 +166,7 @@ def over_heads(
         q, k, v, together(x.key_padding, keys), together(x.q_segments, queries), together(x.kv_segments, keys),
         bias_of_heads(x.bias, roll_call, queries, by_query), seen,
     )  # fmt: skip
-    told = Told((rank, ranks), session, (int(found["gate seed"][0]), int(found["dropout seed"][0])))
+    told = Told(module._heads(), session, (int(found["gate seed"][0]), int(found["dropout seed"][0])))
     out, lse = over_ring(module, gathered, is_causal, dropout, is_new=is_new, told=told)
     out = ToTokens.apply(out, roll_call, queries)
     lse = ToTokens.apply(lse.transpose(1, 2)[..., None], roll_call, queries)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from bs_comm import RingPeerError, Survivors, regroup
+
+from ._ring_session import open_sessions
 
 
 def groups_of(group: Any) -> tuple[Any, Any]:
@@ -43,3 +49,35 @@ def rank_of(group: Any) -> tuple[int, int]:
     if rank < 0:
         raise ValueError("group: expected one that this process is a member of, got another")
     return rank, dist.get_world_size(group)
+
+
+def regroup_mesh(error: RingPeerError, mesh: Any, patience: float) -> Survivors:
+    """New groups of the ranks of a mesh that are left, wherever in it they were.
+
+    Args:
+        error: What was raised, in a group of the mesh.
+        mesh: Of two dimensions.
+        patience: Seconds to wait for ranks that another failure may have cost.
+
+    Returns:
+        The survivors, by their ranks in the default group. Their `group` is a mesh of as many columns as before where
+        they fill one with several rows or one, else a process group, whose ranks share tokens only.
+    """
+    blamed = -1
+    for dim in range(2):
+        group = mesh.get_group(dim)
+        if any(session.failure is error for session in open_sessions(group)):
+            blamed = dist.get_global_rank(group, error.peer)
+    # Who blames a rank that lives, because that one has given up, waits for those who know better.
+    left = regroup(RingPeerError(blamed, error.step, error.nbytes, error.phase, error.detail), patience=patience)
+    columns = mesh.size(1)
+    if left.world_size % columns:
+        return left
+    ranks = torch.tensor(left.old_ranks).view(-1, columns)
+    row, column = divmod(left.rank, columns)
+    ring, heads = (
+        dist.new_group(members.tolist(), backend=dist.get_backend(left.group), use_local_synchronization=True)
+        for members in (ranks[:, column], ranks[row])
+    )
+    made = dist.DeviceMesh.from_group([ring, heads], mesh.device_type, ranks, mesh_dim_names=("ring", "heads"))
+    return replace(left, group=made)

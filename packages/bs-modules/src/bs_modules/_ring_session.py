@@ -161,6 +161,11 @@ class RingSession:
         self.roll_call.report(error)
         self.close_rings()
 
+    @property
+    def failure(self) -> RingPeerError | None:
+        """What every later call raises."""
+        return self.roll_call._failure
+
     def sent_bytes(self, plan: ExchangePlan) -> dict[str, np.ndarray]:
         """Payload bytes sent so far by the open rings of a plan, by receiver: ``"kv"`` and ``"grad"``."""
         totals = {name: np.zeros(self.world_size, np.int64) for name in ("kv", "grad")}

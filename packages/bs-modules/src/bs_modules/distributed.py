@@ -22,7 +22,7 @@ from ._checks import check_flag, check_int
 from ._ring_checks import check_attention, check_shards, check_tokens
 from ._ring_dilated import segment_blocks
 from ._ring_forward import as_computed, check_spreads, over_heads, over_ring
-from ._ring_groups import groups_of, rank_of
+from ._ring_groups import groups_of, rank_of, regroup_mesh
 from ._ring_operands import Operands
 from ._ring_pick import anywhere
 from ._ring_placement import Placements
@@ -187,6 +187,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
     @group.setter
     def group(self, group: Any) -> None:
         self._group, self._head_group = groups_of(group)
+        self._mesh = group if self._head_group is not None else None
 
     @property
     def world_size(self) -> int:
@@ -216,16 +217,21 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
         The module's `group` becomes the new one. Shard again from the full tensors or the last checkpoint, and redo the
         step: it is the step of a fresh run at the new world size. Other modules are to be given the new group too.
 
+        Of a two-dimensional mesh, the ranks that are left make a mesh with as many columns, where their number is a
+        multiple of those; else one ring, whose ranks share tokens only.
+
         Args:
             error: What was raised.
-            patience: Seconds to wait for the other survivors.
+            patience: Seconds to wait for the other survivors; with a two-dimensional mesh, and a `hop_timeout`.
 
         Returns:
-            The survivors; see `bs_comm.regroup`.
+            The survivors; see `bs_comm.regroup`. With a two-dimensional mesh, by their ranks in the default group.
         """
-        if self._head_group is not None:
-            raise ValueError("group: a two-dimensional mesh cannot be regrouped; make a new one of the ranks left")
-        left = _regroup(error, self._group, patience=patience)
+        if self._head_group is None:
+            left = _regroup(error, self._group, patience=patience)
+        else:
+            # Ranks that share neither heads nor tokens with the one that failed may learn of it a deadline later.
+            left = regroup_mesh(error, self._mesh, patience + self.distributed_config.hop_timeout)
         self.group = left.group
         return left
 
@@ -488,7 +494,7 @@ class BlockSparseRingDistributedDilatedAttention(BlockSparseAttention):
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         from copy import deepcopy
 
-        for group in (self._group, self._head_group):
+        for group in (self._group, self._head_group, self._mesh):
             if group is not None:
                 memo[id(group)] = group  # a group is a connection, which the copy shares
         twin = type(self).__new__(type(self))
