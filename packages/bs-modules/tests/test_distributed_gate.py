@@ -196,6 +196,17 @@ def spread_by_hand(rank, world):
     assert again.shape == first.shape
     gate.cache = False
 
+    with pytest.raises(ValueError, match="layout: expected an input"):
+        module.exchange_plan(TOKENS, True)
+    module.distributed_config.placement = "cost_balanced"
+    whole = gate(q, k, v, True)
+    for step in (1, 1000):
+        changed = module.rebalance(step, TOKENS, True)
+        assert step == 1000 or not changed
+        balanced, at = [module.shard(x, True) for x in (q, k, v)], module.positions(TOKENS, True)
+        torch.testing.assert_close(module(*balanced, is_causal=True), whole[:, at])
+    module.distributed_config.placement = "contiguous"
+
     gate.sparse_config.base_sparsity = 0.5 + 0.1 * (rank == 1)
     with pytest.raises(RingMismatchError) as caught:
         module(*shards, is_causal=True)

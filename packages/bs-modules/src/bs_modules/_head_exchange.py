@@ -113,7 +113,8 @@ class AmongAll:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, plan: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """`partial_forward` of the own heads, under a plan of `layout`."""
-        out, lse = partial_forward(*(self.put(x, 2) for x in (q, k, v)), plan, **self._biases(arguments))
+        q, k, v = (self.put(x, 2) for x in (q, k, v))
+        out, lse = partial_forward(q, k, v, plan, **self._biases(arguments))
         return self.cut(out, 2), self.cut(lse, 1)
 
     def backward(
@@ -128,10 +129,9 @@ class AmongAll:
         arguments: dict[str, Any],
     ) -> PartialGradients:
         """`partial_backward`, likewise."""
-        got = partial_backward(
-            self.put(dout, 2), self.put(delta, 1), self.put(lse, 1, float("-inf")),
-            *(self.put(x, 2) for x in (q, k, v)), plan, **self._biases(arguments),
-        )  # fmt: skip
+        q, k, v, dout = (self.put(x, 2) for x in (q, k, v, dout))
+        delta, lse = self.put(delta, 1), self.put(lse, 1, float("-inf"))
+        got = partial_backward(dout, delta, lse, q, k, v, plan, **self._biases(arguments))
         bias, block_bias = got.attn_bias, got.block_bias
         if bias is not None and arguments["attn_bias"].shape[1] > 1:
             bias = self.cut(bias, 1)
@@ -139,7 +139,8 @@ class AmongAll:
             block_bias = self.cut(block_bias, 1)
             if arguments["block_bias"].shape[1] == 1:
                 block_bias = block_bias.sum(1, keepdim=True)
-        return PartialGradients(*(self.cut(x, 2) for x in got[:3]), bias, block_bias)
+        dq, dk, dv = (self.cut(x, 2) for x in got[:3])
+        return PartialGradients(dq, dk, dv, bias, block_bias)
 
     def _biases(self, arguments: dict[str, Any]) -> dict[str, Any]:
         made = dict(arguments)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from bs_comm import RingPeerError, Survivors, regroup
 
@@ -75,9 +76,9 @@ def regroup_mesh(error: RingPeerError, mesh: Any, patience: float) -> Survivors:
         return left
     ranks = torch.tensor(left.old_ranks).view(-1, columns)
     row, column = divmod(left.rank, columns)
-    ring, heads = (
+    groups: list[Any] = [
         dist.new_group(members.tolist(), backend=dist.get_backend(left.group), use_local_synchronization=True)
         for members in (ranks[:, column], ranks[row])
-    )
-    made = dist.DeviceMesh.from_group([ring, heads], mesh.device_type, ranks, mesh_dim_names=("ring", "heads"))
+    ]
+    made = DeviceMesh.from_group(groups, mesh.device_type, ranks, mesh_dim_names=("ring", "heads"))
     return replace(left, group=made)

@@ -99,10 +99,9 @@ class Operands:
 def _seeds(
     of_gate: bool, of_dropout: bool, device: torch.device, known: tuple[int, int] | None
 ) -> dict[str, int]:  # fmt: skip
-    if known is None:
-        # Drawn as one process draws them, so that a seed of torch gives the same noise and drops at any world size.
-        known = tuple(int(draw_seed(device)) if wanted else 0 for wanted in (of_gate, of_dropout))
-    return dict(zip(("gate seed", "dropout seed"), known, strict=True))
+    # Drawn as one process draws them, so that a seed of torch gives the same noise and drops at any world size.
+    drawn = known or [int(draw_seed(device)) if wanted else 0 for wanted in (of_gate, of_dropout)]
+    return dict(zip(("gate seed", "dropout seed"), drawn, strict=True))
 
 
 def _gate_word(gate: BlockSparseAdaptive, given: tuple[Tensor, Tensor]) -> int:

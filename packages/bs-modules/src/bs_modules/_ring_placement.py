@@ -87,6 +87,11 @@ class Placements:
         if rule != "cost_balanced":
             make: Callable[..., Placement] = getattr(Placement, rule)
             return make(tokens, world, block_size=block)
+        if layout.seq_len[0] != layout.seq_len[1]:
+            raise ValueError(
+                f"placement: expected another than 'cost_balanced' for {layout.seq_len[0]} queries over "
+                f"{layout.seq_len[1]} keys, which it places together"
+            )
         key = _key(layout, world)
         held = self._held.get(key)
         if held is None or held.block_size != block:

@@ -83,6 +83,7 @@ def run_case(
     """
     a = case.arguments
     native = case.q.dtype != torch.float64
+    assert isinstance(case.layout, BlockLayout)
     inside = GivenLayout(
         case.layout, dropout=a.get("dropout_p", 0.0), scale=a.get("scale"), order=a.get("order", "auto"),
         backend="native" if native else "auto",
