@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bs_comm import CostModel, ExchangePlan, PackedRing, TopKState, compress_gradients, step_time
+from bs_comm import CostModel, ExchangePlan, HierarchicalPlan, PackedRing, TopKState, compress_gradients, step_time
 from bs_comm.testing import RankPool, dense_attention, ring_attention, slow_links
 from bs_patterns import BlockLayout, DilatedSparse, GlobalLocal, Hierarchical, LocalWindow, Pattern
 
@@ -248,25 +248,28 @@ def measure_packing(pool: RankPool) -> list[dict[str, Any]]:
 
 
 def measure_plans(pool: RankPool) -> list[dict[str, Any]]:
+    cases = [(name, layout_of(name, 2**20, heads)) for name in LAYOUTS if "density" not in name for heads in (1, 8)]
+    # A tenth of a million tokens' blocks is 13 million per head: for one head, and half of that for eight that differ.
+    cases.insert(4, ("dilated 1, 2, 4, 8 at density 0.1", layout_of("dilated 1, 2, 4, 8 at density 0.1", 2**20)))
+    per_head = [
+        DilatedSparse((rate, 2 * rate)).layout(2**20, block_size=BLOCK, causal=True, density=0.05)
+        for rate in (1, 2, 3, 5, 7, 11, 13, 17)
+    ]
+    cases.insert(5, ("a dilation per head at density 0.05", BlockLayout.stack_heads(per_head)))
     rows = []
-    for name in LAYOUTS:
-        if (
-            "density" in name
-        ):  # A tenth of a million tokens' blocks is 13 million per head: said as it is, for one head.
-            shapes = [(1, 8)]
-        else:
-            shapes = [(1, 8), (8, 8)]
-        for heads, kv_heads in shapes:
-            layout = layout_of(name, 2**20, heads)
-            for placement in ("contiguous", "cost_balanced"):
-                seconds = []
-                for _ in range(3):
-                    started = time.perf_counter()
-                    ExchangePlan.build(layout, 64, placement, kv_heads)
-                    seconds.append(time.perf_counter() - started)
-                plan, best = ExchangePlan.build(layout, 64, placement, kv_heads), min(seconds)
-                rows.append({"layout": name, "layout_heads": heads, "active_blocks": layout.nnz, "placement": placement,
-                             "seconds": best, "steps": plan.num_steps})  # fmt: skip
+    for name, layout in cases:
+        for placement in ("contiguous", "cost_balanced"):
+            plan, seconds = ExchangePlan.build(layout, 64, placement, layout.heads), []
+            for _ in range(3):
+                started = time.perf_counter()
+                ExchangePlan.build(layout, 64, placement, layout.heads)
+                seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            HierarchicalPlan.build(plan, 8)
+            staged = time.perf_counter() - started
+            rows.append({"layout": name, "layout_heads": layout.heads, "active_blocks": layout.nnz,
+                         "placement": placement, "seconds": min(seconds), "steps": plan.num_steps,
+                         "seconds_more_in_two_stages": staged})  # fmt: skip
     return rows
 
 
@@ -366,14 +369,15 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="none: write the page anew")
     parser.add_argument("--folder", type=Path, default=comm_report.FOLDER, help="where comm.json and comm.md go")
     options = parser.parse_args()
-    record = comm_report.load(options.folder)
     with RankPool(max(WORLDS)) as pool:
         for name in options.only:
             about = comm_report.machine(os.getloadavg()[0])
-            record[name] = {"machine": about, "rows": PARTS[name](pool)}
-            print(f"{comm_report.SECTIONS[name][0]}\n{comm_report.table(record[name]['rows'])}\n", flush=True)
-            comm_report.save(options.folder, record)
-    comm_report.save(options.folder, record)
+            rows = PARTS[name](pool)
+            print(f"{comm_report.SECTIONS[name][0]}\n{comm_report.table(rows)}\n", flush=True)
+            comm_report.save(
+                options.folder, comm_report.load(options.folder) | {name: {"machine": about, "rows": rows}}
+            )
+    comm_report.save(options.folder, comm_report.load(options.folder))
     return 0
 
 

@@ -168,20 +168,30 @@ def row_of(name: str, kind: str, mbits: int, cases: list[dict[str, Any]], latenc
     }
 
 
-def measure(ranks: int, mbits: int, layouts: list[str], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    folder: Path, limits: dict[str, list[float]], ranks: int, mbits: int, rounds: int
+) -> list[dict[str, Any]]:  # fmt: skip
     """All layouts and exchanges of one network."""
-    cases = [(name, kind) for name in layouts for kind in EXCHANGES]
-    with tempfile.TemporaryDirectory() as made, network(ranks, mbits) as names:
-        folder = Path(made)
-        limits = references(folder, layouts)
-        spec = {"meeting": f"tcp://{SUBNET}.1:{PORT}", "cases": cases, "rounds": rounds}
-        (folder / "spec.json").write_text(json.dumps(spec))
+    cases = [(name, kind) for name in limits for kind in EXCHANGES]
+    spec = {"meeting": f"tcp://{SUBNET}.1:{PORT}", "cases": cases, "rounds": rounds}
+    (folder / "spec.json").write_text(json.dumps(spec))
+    with network(ranks, mbits) as names:
         answers = run_ranks(names, folder, timeout=600)
     latency = max(answer["latency"] for answer in answers[:2])
     return [
         row_of(name, kind, mbits, [answer["cases"][i] for answer in answers], latency, limits[name])
         for i, (name, kind) in enumerate(cases)
     ]
+
+
+def keep(folder: Path, rows: list[dict[str, Any]], about: str) -> None:
+    """Put rows in the place of those measured before, and leave the others."""
+    key = ("Mbit/s", "ranks", "layout", "exchange")
+    record = comm_report.load(folder)
+    known = {tuple(row[k] for k in key): row for row in (*record.get("slow_link", {"rows": []})["rows"], *rows)}
+    order = sorted(known, key=lambda k: (k[0], k[1], LAYOUTS.index(k[2]), EXCHANGES.index(k[3])))
+    record["slow_link"] = {"machine": about, "rows": [known[k] for k in order]}
+    comm_report.save(folder, record)
 
 
 def main() -> int:
@@ -194,20 +204,16 @@ def main() -> int:
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that namespaces are removed
-    key = ("Mbit/s", "ranks", "layout", "exchange")
     try:
         check_available()
-        for mbits in options.rates:
-            for ranks in options.ranks:
-                about = comm_report.machine(os.getloadavg()[0])
-                rows = measure(ranks, mbits, options.layouts, options.rounds)
-                print(comm_report.table(rows), "\n", flush=True)
-                record = comm_report.load(options.folder)
-                kept = {tuple(row[k] for k in key): row for row in record.get("slow_link", {"rows": []})["rows"]}
-                kept |= {tuple(row[k] for k in key): row for row in rows}
-                order = sorted(kept, key=lambda k: (k[0], k[1], LAYOUTS.index(k[2]), EXCHANGES.index(k[3])))
-                record["slow_link"] = {"machine": about, "rows": [kept[k] for k in order]}
-                comm_report.save(options.folder, record)
+        with tempfile.TemporaryDirectory() as made:
+            limits = references(Path(made), options.layouts)
+            for mbits in options.rates:
+                for ranks in options.ranks:
+                    about = comm_report.machine(os.getloadavg()[0])
+                    rows = measure(Path(made), limits, ranks, mbits, options.rounds)
+                    print(comm_report.table(rows), "\n", flush=True)
+                    keep(options.folder, rows, about)
     except Unavailable as error:
         print(f"{Path(__file__).name}: not measured: {error}", file=sys.stderr)
         return 1

@@ -249,6 +249,7 @@ def case(rank: int, world: int, name: str, kind: str, rounds: int, exact: list[T
         else:
             grads = attention.backward(q, k, v, dout, *out)
 
+    run(0), run(1)  # The first call of a kernel pays for more than itself.
     for _ in range(rounds):
         dist.barrier()
         before = frames_sent()
