@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from bs_kernels import LayoutPlan, TokenMask, block_sparse_attention, explain_backends
 from bs_kernels.backends import flex
 from bs_kernels.backends.base import Problem
-from bs_kernels.testing import assert_close_to_oracle, make_case, make_layout
+from bs_kernels.dispatch import select
+from bs_kernels.testing import assert_close_to_oracle, check_against_oracle, make_case, make_layout
 from bs_kernels.testing.strategies import ARGUMENTS, cases
 
-CAN = [name for name in ARGUMENTS if name not in ("block_bias", "dropout", "page_table")]
+CAN = [name for name in ARGUMENTS if name not in ("dropout", "page_table")]
 
 
 def check(case):
@@ -32,7 +33,9 @@ def test_any_forward_matches_the_oracle(data):
     check(case)
 
 
-@pytest.mark.parametrize("argument", [None, "key_padding_mask", "segment_ids", "attn_bias", "sinks", "window"])
+@pytest.mark.parametrize(
+    "argument", [None, "key_padding_mask", "segment_ids", "attn_bias", "block_bias", "sinks", "window"]
+)
 def test_each_argument(argument):
     layout = make_layout(np.random.default_rng(1), seq_len=(50, 70), block_size=(8, 16), heads=4, density=0.4)
     arguments = {} if argument is None else {argument: (9, 4) if argument == "window" else True}
@@ -73,29 +76,86 @@ def test_rubbish_stays_in_its_blocks():
         assert hit.any()
 
 
+@pytest.fixture
+def trains(monkeypatch):
+    """Lets the unfused form be differentiated on a CPU, as it is on a GPU: torch has it and refuses to run it."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(flex, "_WITH_BACKWARD", ("cpu", "cuda"))
+    select.cache_clear()
+    yield
+    select.cache_clear()
+
+
+@pytest.mark.parametrize("argument", [None, "segment_ids", "sinks", "window"])
+def test_backward(trains, argument):
+    layout = make_layout(np.random.default_rng(1), seq_len=(50, 70), block_size=(8, 16), heads=4, density=0.4)
+    arguments = {} if argument is None else {argument: (9, 4) if argument == "window" else True}
+    case = make_case(layout, batch=2, q_heads=4, kv_heads=2, causal=True, dtype=torch.float64, **arguments)
+    check_against_oracle(case, backend="flex")
+
+
+def test_backward_in_bfloat16(trains):
+    layout = make_layout(np.random.default_rng(1), seq_len=(50, 70), block_size=(8, 16), density=0.4)
+    check_against_oracle(make_case(layout, q_heads=2, dtype=torch.bfloat16), backend="flex")
+
+
+def test_backward_with_biases_that_need_no_gradient(trains):
+    layout = make_layout(np.random.default_rng(1), seq_len=(50, 70), block_size=(8, 16), density=0.4)
+    case = make_case(layout, q_heads=2, dtype=torch.float64, attn_bias=True, block_bias=True)
+    grads = []
+    for name in ("flex", "torch"):
+        leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+        out = block_sparse_attention(*leaves, layout, backend=name, **case.arguments)
+        grads.append(torch.autograd.grad(out, leaves, case.dout))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_partial_form(trains):
+    """δ and the LSE are those of a softmax with more keys than the call has."""
+    from bs_kernels import attention_delta, merge_attention, partial_backward, partial_forward
+
+    q, k, v, dout = (torch.randn(1, 32, 2, 8, dtype=torch.float64) for _ in range(4))
+    half = make_layout(np.random.default_rng(1), seq_len=(32, 16), block_size=(8, 8), density=0.7)
+    plans = [LayoutPlan.build(half, q_start=0, kv_start=start) for start in (0, 16)]
+    parts = [(k[:, :16], v[:, :16]), (k[:, 16:], v[:, 16:])]
+    out, lse = merge_attention(
+        [partial_forward(q, *part, plan, backend="flex") for part, plan in zip(parts, plans, strict=True)]
+    )
+    delta = attention_delta(dout, out, lse)
+    for part, plan in zip(parts, plans, strict=True):
+        found = [partial_backward(dout, delta, lse, q, *part, plan, backend=name) for name in ("flex", "torch")]
+        for got, want in zip(*(x[:3] for x in found), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 def test_refuses_with_the_reason():
     layout = make_layout(np.random.default_rng(1), seq_len=(24, 24), block_size=(8, 8), density=0.4)
-    case = make_case(layout, block_bias=True)
-    q, k, v = case.q, case.k, case.v
-    with pytest.raises(ValueError, match="'flex' cannot compute this: FlexAttention has no backward on CPUs"):
+    q, k, v = (getattr(make_case(layout), name) for name in "qkv")
+    with pytest.raises(ValueError, match="'flex' cannot compute this: torch's FlexAttention has no backward on CPUs"):
         block_sparse_attention(q.clone().requires_grad_(), k, v, layout, backend="flex")
-    for arguments, reason in (
-        ({"dropout_p": 0.5}, "no dropout by position"),
-        ({"block_bias": case.arguments["block_bias"]}, "no block_bias"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            block_sparse_attention(q, k, v, layout, backend="flex", **arguments)
+    with pytest.raises(ValueError, match="no dropout by position"):
+        block_sparse_attention(q, k, v, layout, backend="flex", dropout_p=0.5)
+    bias = torch.zeros(layout.nnz, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradient of block_bias"):
+        block_sparse_attention(q, k, v, layout, backend="flex", block_bias=bias)
     assert explain_backends(q, k, v, layout).selected != "flex"  # unfused on a CPU: only when named
 
 
-def test_reasons_on_gpus_need_no_gpu():
+def test_reasons_on_gpus_need_no_gpu(monkeypatch):
     def reasons(**changes):
         asked = {"device": "cuda", "dtype": torch.bfloat16, "batch": 1, "q_heads": 1, "kv_heads": 1} | changes
         sizes = {"head_dim": 64, "value_dim": 64, "seq_len": (256, 256), "block_size": (128, 128)}
         return "; ".join(flex.FlexBackend().not_supported_reasons(Problem(**(sizes | asked))))
 
-    assert reasons() == ""
-    assert "saved LSE" in reasons(backward=True)
+    monkeypatch.setattr(flex, "importable", lambda module: True)
+    assert reasons() == reasons(backward=True) == ""
     assert "multiples of 128 tokens, not (64, 128)" in reasons(block_size=(64, 128))
     assert "no float64" in reasons(dtype=torch.float64)
+    assert "head dims from 16 on, not 8" in reasons(value_dim=8)
+    assert "no gradient of attn_bias" in reasons(attn_bias="float", attn_bias_grad=True, backward=True)
     assert "not on mps" in reasons(device="mps")
+    monkeypatch.setattr(flex, "importable", lambda module: False)
+    assert "compiled by Triton, which is not installed" in reasons()
