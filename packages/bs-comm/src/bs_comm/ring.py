@@ -33,6 +33,8 @@ from .wire import FLOAT8, StepWire, wires_of
 Int64 = NDArray[np.int64]
 
 DEFAULT_HOP_TIMEOUT = 60.0
+#: Bytes up to which a message costs its latency and hardly any bandwidth.
+_SMALL_MESSAGE = 64 << 10
 #: Rings made per group and channel; every group starts anew.
 _serials: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()
 
@@ -76,8 +78,7 @@ class PackedRing:
 
     Constructing it is collective: every rank of the group does it, with the same arguments, and in the same order where
     there are several rings; the ranks compare plan digests, sizes and versions before the first byte of data moves.
-    `forward` and `backward` are collective too. Between steps the next two transfers are under way while the callback
-    computes.
+    `forward` and `backward` are collective too. While the callback computes, the next transfer or two are under way.
 
     Args:
         plan: The same on every rank (not transposed).
@@ -232,9 +233,15 @@ class PackedRing:
         fetched: dict[int, tuple[Hop | None, Hop | None]] = {}
         returned: dict[int, tuple[Hop | None, Hop | None]] = {}
         steps = len(self._wires) - 1
-        for step in (1, 2):
-            if step <= steps and kept is None:
-                fetched[step] = self._fetch(step, k, v, phase)
+        posted = 0
+
+        def fetch_up_to(step: int) -> None:
+            nonlocal posted
+            while kept is None and posted < min(step, steps):
+                posted += 1
+                fetched[posted] = self._fetch(posted, k, v, phase)
+
+        fetch_up_to(2 if self._joins(2) else 1)
         if self._reads(0):
             shares = on_arrival(self._arrival(0, k, v))
             if home is not None:
@@ -243,6 +250,7 @@ class PackedRing:
         for step in range(1, steps + 1):
             got, put = fetched.pop(step, (None, None))
             self._transport.wait(got, phase)
+            fetch_up_to(step + 1)
             shares = None
             if self._wires[step].receive is not None:
                 arrived = self._buffers.unpack(step) if kept is None else kept[step]
@@ -253,12 +261,28 @@ class PackedRing:
                 self._welcome(step - 2, returned, home)
                 returned[step] = self._send_home(step, shares)
             self._transport.wait(put, phase)
-            if step + 2 <= steps and kept is None:
-                fetched[step + 2] = self._fetch(step + 2, k, v, phase)
+            if self._joins(step + 2):
+                fetch_up_to(step + 2)
         if home is not None:
             self._welcome(steps - 1, returned, home)
             self._welcome(steps, returned, home)
         self._commit(phase, kept is not None)
+
+    def _joins(self, step: int) -> bool:
+        """Whether a step's messages travel beside those of the step before, and not after them.
+
+        Large messages that share a link all come late, and senders that share a receiver hold one another up; so they
+        follow one another, but for the second one where there is much to compute before the first is looked at.
+        """
+        if step > self.plan.num_steps:
+            return False
+        wire, sizes = self._wires[step], self.traffic.forward
+        sent = 0 if wire.send is None else int(sizes[self.rank, wire.send.peer])
+        received = 0 if wire.receive is None else int(sizes[wire.receive.peer, self.rank])
+        if max(sent, received) <= _SMALL_MESSAGE:
+            return True
+        first, work = self._wires[1].receive, self.plan.work
+        return step == 2 and (first is None or work[self.rank, self.rank] > 2 * work[first.peer, self.rank])
 
     def _fetch(self, step: int, k: Tensor, v: Tensor, phase: str) -> tuple[Hop | None, Hop | None]:
         """Pack and post the way out of a step."""
