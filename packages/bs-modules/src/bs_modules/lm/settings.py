@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bs_patterns import Hierarchical
-
 from .._adaptive_config import AdaptiveConfig
 from .._checks import check_density, suggest
 from ..config import DEFAULT_DENSITY, DEFAULT_PATTERN, PATTERN_TYPES, SparsePatternConfig
@@ -50,8 +48,9 @@ class Settings:
         seed: Of weights and batches.
         start_from: Folder of another run of a model of the same sizes, whose weights this one starts with; the scorers
             of a gate that it lacks start fresh.
-        attention: A fixed pattern (`"base"`), `"hierarchical"` levels, a learned gate (`"adaptive"`), or torch's dense
-            attention (`"dense"`). Each reads the settings that `ATTENTIONS` lists; others are errors.
+        attention: A fixed pattern (`"base"`), two `"hierarchical"` levels that share the density (near by, and
+            everything in wide strides), a learned gate (`"adaptive"`), or torch's dense attention (`"dense"`). Each
+            reads the settings that `ATTENTIONS` lists; others are errors.
         pattern: A `SparsePatternConfig.pattern_type`.
         density: Active / allowed blocks, in (0, 1]; `None` with a `window_size`: the geometry decides, else 0.1.
         block_size: Tokens per (key) block. 64 unless given.
@@ -194,9 +193,7 @@ class Settings:
         assert self.block_size is not None
         density = DEFAULT_DENSITY if self.density is None else self.density
         if self.attention == "hierarchical":
-            levels = Hierarchical.auto(self.context, density, block_size=self.block_size).levels
-            plain = [dataclasses.asdict(typing.cast(Any, level)) for level in levels]
-            return HierarchicalConfig(level_configs=plain, sparsity_ratio=density)
+            return HierarchicalConfig(level_configs=self._levels(density), sparsity_ratio=density)
         if self.attention == "adaptive":
             assert self.temperatures is not None
             return AdaptiveConfig(
@@ -214,6 +211,16 @@ class Settings:
         return SparsePatternConfig(
             pattern_type=self.pattern, sparsity_ratio=self.density, block_size=self.block_size, **geometry
         )
+
+    def _levels(self, density: float) -> list[dict[str, int]]:
+        """Two levels that share a density: half of the blocks near by, half spread evenly over all before.
+
+        The automatic levels of `HierarchicalConfig` do not fit into low densities at a few thousand tokens.
+        """
+        assert self.block_size is not None
+        near = max(round(density * self.context / 4), 1)  # a causal row sees half of the context on average
+        levels = ((1, near), (max(round(2 / density), 1), -1))
+        return [{"stride": stride, "window_size": window, "block_size": self.block_size} for stride, window in levels]
 
     def model_config(self) -> ModelConfig:
         """The model's sizes."""
