@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import invalidate_caches
 
 import numpy as np
 import pytest
@@ -50,8 +51,25 @@ def test_orders():
     assert order["cuda"][:2] == ["triton", "flash"]
     assert order["xpu"][0] == "torch"
     assert "Hopper" in rank_backends(H200)[0].why
-    assert "no flash kernel" in rank_backends(MI300X)[1].why
+    assert "no dense kernel found" in rank_backends(MI300X)[1].why
     assert rank_backends(Facts("cpu", native_missing="no compiler"))[0].why == "no compiler"
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "first"),
+    [
+        ((9, 0), {"flash_attn", "flash_attn_interface", "flash_attn.cute"}, "FlashAttention 3"),
+        ((9, 0), {"flash_attn", "flash_attn.cute"}, "FlashAttention 4"),
+        ((10, 0), {"flash_attn", "flash_attn_interface", "flash_attn.cute"}, "FlashAttention 4"),
+        ((8, 0), {"flash_attn", "flash_attn_interface", "flash_attn.cute"}, "FlashAttention 2"),
+        ((9, 0), set(), "torch's cudnn kernel"),
+        ((8, 0), {"flash_attn_interface"}, "torch's flash kernel"),
+        ((7, 5), {"flash_attn"}, "no dense kernel found"),
+    ],
+)
+def test_the_dense_kernel_of_each_generation(capability, packages, first):
+    facts = Facts("cuda", capability=capability, packages=frozenset(packages), torch_kernels=H200.torch_kernels)
+    assert rank_backends(facts)[1].why.startswith(first)
 
 
 def test_facts_of_this_machine():
@@ -69,14 +87,21 @@ def test_packages_are_looked_up_not_imported(tmp_path, monkeypatch):
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     packages = find_facts("cpu").packages
-    assert {"flash_attn", "flash_attn.cute"} <= packages
-    assert "flash_attn_interface" not in packages
+    assert "flash_attn.cute" in packages
+    assert not packages & {"flash_attn", "flash_attn_interface"}  # FlashAttention 4 by itself
+    (tmp_path / "flash_attn" / "flash_attn_interface.py").write_text("raise RuntimeError('imported')")
+    invalidate_caches()
+    assert "flash_attn" in find_facts("cpu").packages
     assert "flash_attn" not in sys.modules
 
 
-def test_looking_up_facts_loads_nothing():
+def test_neither_facts_nor_calls_load_anything():
     code = (
         "import sys, torch, bs_kernels\nfrom bs_kernels.hardware import find_facts\nfind_facts('cpu')\n"
+        "from bs_patterns import LocalWindow\nlayout = LocalWindow(32).layout(64, block_size=16)\n"
+        "q = torch.randn(1, 64, 2, 16, requires_grad=True)\n"
+        "bs_kernels.explain_backends(q, q, q, layout)\n"
+        "bs_kernels.block_sparse_attention(q, q, q, layout).sum().backward()\n"
         "print([n for n in ('triton', 'flash_attn', 'flash_attn_interface') if n in sys.modules], "
         "torch.cuda.is_initialized())"
     )

@@ -3,9 +3,10 @@
 The decision, made here and nowhere else:
 
 - CPU: ``native`` (the C++ core: every layout, and faster than torch's own kernel on dense ones), ``flash`` (torch's CPU
-  kernel, for dense layouts, where the core is missing or has no such dtype), ``torch`` (everything), ``reference``.
-- CUDA and ROCm: ``triton`` (the whole contract, deterministic), ``flash`` (dense layouts), ``flex``, ``torch``,
-  ``reference``.
+  kernel, for layouts that are dense per segment, where the core is missing or has no such dtype), ``torch``
+  (everything), ``reference``.
+- CUDA and ROCm: ``triton`` (the whole contract, deterministic), ``flash`` (layouts that are dense per segment, through
+  the flash-attn package of the device or torch's own kernels), ``flex``, ``torch``, ``reference``.
 - any other device: ``torch``, ``reference``.
 
 ``flex`` on a CPU and ``triton`` on a CPU (an interpreter) run only when they are named.
@@ -41,12 +42,13 @@ DEVICES: dict[str, str] = {
     "gfx950": "CDNA 4 (MI350X, MI355X)",
 }
 
-#: Packages that matter, by the module that is looked up.
+#: Packages that matter: how they are called, and the module that is looked up. FlashAttention 4 by itself makes a
+#: package flash_attn, too.
 _PACKAGES = {
-    "triton": "Triton",
-    "flash_attn": "FlashAttention 2",
-    "flash_attn_interface": "FlashAttention 3",
-    "flash_attn.cute": "FlashAttention 4",
+    "triton": ("Triton", "triton"),
+    "flash_attn": ("FlashAttention 2", "flash_attn.flash_attn_interface"),
+    "flash_attn_interface": ("FlashAttention 3", "flash_attn_interface"),
+    "flash_attn.cute": ("FlashAttention 4", "flash_attn.cute"),
 }
 
 
@@ -94,7 +96,7 @@ class Facts:
         if self.cpu_features:
             what.append(" ".join(self.cpu_features))
         what.append("torch kernels: " + (", ".join(sorted(self.torch_kernels)) or "none"))
-        found = [label for module, label in _PACKAGES.items() if module in self.packages]
+        found = [label for package, (label, _) in _PACKAGES.items() if package in self.packages]
         what.append("packages: " + (", ".join(found) or "none"))
         return "; ".join(what)
 
@@ -126,7 +128,7 @@ def rank_backends(facts: Facts) -> tuple[Ranked, ...]:
     if facts.device == "cpu":
         return (
             Ranked("native", facts.native_missing or f"the C++ core, {facts.native_isa or 'compiled'}"),
-            Ranked("flash", "torch's CPU kernel, for dense layouts"),
+            Ranked("flash", "torch's CPU kernel, where a layout is dense per segment"),
             Ranked("torch", "PyTorch operations: computes everything"),
             Ranked("flex", "unfused and dense here, forward only: runs when named", automatic=False),
             Ranked("triton", "an interpreter here: runs when named", automatic=False),
@@ -136,7 +138,7 @@ def rank_backends(facts: Facts) -> tuple[Ranked, ...]:
         on = facts.generation or facts.arch or facts.name or "this GPU"
         return (
             Ranked("triton", f"block-sparse forward and backward on {on}, the same bits every time"),
-            Ranked("flash", f"{_dense_kernel(facts)}, for dense layouts"),
+            Ranked("flash", f"{_dense_kernel(facts)}, where a layout is dense per segment"),
             Ranked("flex", "FlexAttention, compiled per shape"),
             Ranked("torch", "PyTorch operations: computes everything"),
             Ranked("native", "for CPUs"),
@@ -150,7 +152,16 @@ def rank_backends(facts: Facts) -> tuple[Ranked, ...]:
 
 
 def _dense_kernel(facts: Facts) -> str:
-    return "torch's flash kernel" if "flash" in facts.torch_kernels else "torch has no flash kernel here"
+    """The first choice of the ``flash`` backend on a GPU; the backend itself says which one a call gets."""
+    major = None if facts.capability is None else facts.capability[0]
+    for package, majors in (("flash_attn_interface", (9,)), ("flash_attn.cute", (9, 10, 11))):
+        if package in facts.packages and major in majors:
+            return _PACKAGES[package][0]
+    if "flash_attn" in facts.packages and (major is None or major >= 8):
+        return _PACKAGES["flash_attn"][0]
+    from_major = {"cudnn": 9, "flash": 8, "efficient": 0}
+    built = [k for k, first in from_major.items() if k in facts.torch_kernels and (major is None or major >= first)]
+    return f"torch's {built[0]} kernel" if built else "no dense kernel found here"
 
 
 def find_facts(device: torch.device | str) -> Facts:
@@ -165,7 +176,7 @@ def find_facts(device: torch.device | str) -> Facts:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    packages = frozenset(name for name in _PACKAGES if importable(name))
+    packages = frozenset(name for name, (_, module) in _PACKAGES.items() if importable(module))
     if device.type == "cpu":
         missing = missing_reason()
         return Facts(

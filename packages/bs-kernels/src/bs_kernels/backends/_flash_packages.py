@@ -81,11 +81,20 @@ def _variable(x: Operands) -> dict[str, Any]:
     return dict(zip(names, x.variable[2:], strict=True))
 
 
-def _band(x: Operands, takes: frozenset[str]) -> dict[str, Any]:
+def _band(x: Operands, function: Callable[..., Any]) -> dict[str, Any]:
     """``window_size``, or its two sides where the release takes these."""
-    if "window_size" in takes:
+    if "window_size" in parameters(function):
         return {"window_size": x.window}
     return dict(zip(("window_size_left", "window_size_right"), x.window, strict=True))
+
+
+def _into(
+    backward: Callable[..., Any], x: Operands, dout: Tensor, out: Tensor, lse: Tensor, common: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a backward that writes its gradients into tensors that it is given."""
+    dq, dk, dv = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v)
+    backward(dout, x.q, x.k, x.v, out, lse, dq=dq, dk=dk, dv=dv, **common, deterministic=x.deterministic)
+    return dq, dk, dv
 
 
 class _FlashAttention2(_Package):
@@ -104,7 +113,7 @@ class _FlashAttention2(_Package):
     def _common(self, x: Operands, function: Callable[..., Any]) -> dict[str, Any]:
         return {
             **_variable(x),
-            **_band(x, parameters(function)),
+            **_band(x, function),
             "dropout_p": 0.0,
             "softmax_scale": x.scale,
             "causal": x.causal,
@@ -124,20 +133,7 @@ class _FlashAttention2(_Package):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
         _, backward = self.functions(x.variable is not None)
-        found = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v)
-        common = self._common(x, backward)
-        backward(
-            dout,
-            x.q,
-            x.k,
-            x.v,
-            out,
-            lse,
-            **dict(zip(("dq", "dk", "dv"), found, strict=True)),
-            **common,
-            deterministic=x.deterministic,
-        )
-        return found
+        return _into(backward, x, dout, out, lse, self._common(x, backward))
 
 
 class _FlashAttention3(_Package):
@@ -167,7 +163,7 @@ class _FlashAttention3(_Package):
             x.k,
             x.v,
             **_variable(x),
-            **_band(x, parameters(forward)),
+            **_band(x, forward),
             softmax_scale=x.scale,
             causal=x.causal,
             num_splits=1,
@@ -179,23 +175,9 @@ class _FlashAttention3(_Package):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Kernel.backward`."""
         _, backward = self.functions(x.variable is not None)
-        takes = parameters(backward)
-        found = torch.empty_like(x.q), torch.empty_like(x.k), torch.empty_like(x.v)
-        backward(
-            dout,
-            x.q,
-            x.k,
-            x.v,
-            out,
-            lse,
-            **_variable(x),
-            **_band(x, takes),
-            **dict(zip(("dq", "dk", "dv"), found, strict=True)),
-            **{"is_causal" if "is_causal" in takes else "causal": x.causal},
-            softmax_scale=x.scale,
-            deterministic=x.deterministic,
-        )
-        return found
+        causal = "is_causal" if "is_causal" in parameters(backward) else "causal"
+        common = {**_variable(x), **_band(x, backward), causal: x.causal, "softmax_scale": x.scale}
+        return _into(backward, x, dout, out, lse, common)
 
 
 class _FlashAttention4(_Package):

@@ -118,6 +118,16 @@ class Call:
         """float64 for float64 inputs, else float32: the dtype of LSE and of every sum."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
+    def nothing(self, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Output and LSE where no query has a key: 0 and −∞."""
+        batch, len_q, heads, _ = self.q.shape
+        out = self.q.new_zeros((batch, len_q, heads, self.v.shape[3]), dtype=out_dtype)
+        return out, self.q.new_full((batch, heads, len_q), float("-inf"), dtype=self.accumulate_dtype)
+
+    def no_gradients(self, grad_dtype: torch.dtype) -> Gradients:
+        """Gradients of q, k and v where no query has a key."""
+        return Gradients(*(torch.zeros_like(x, dtype=grad_dtype) for x in (self.q, self.k, self.v)))
+
 
 class Needs(NamedTuple):
     """Which gradients are wanted. q, k and v always come together; the rest cost extra."""

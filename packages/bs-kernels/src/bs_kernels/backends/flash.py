@@ -74,11 +74,9 @@ class FlashBackend:
 
     def forward(self, call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
-        batch, len_q, heads, _ = call.q.shape
         segments, value_dim = _segments(call), call.v.shape[3]
         if call.q.numel() == 0 or not segments.batch.size:
-            out = call.q.new_zeros((batch, len_q, heads, value_dim), dtype=out_dtype)
-            lse = call.q.new_full((batch, heads, len_q), _NEG_INF, dtype=call.accumulate_dtype)
+            out, lse = call.nothing(out_dtype)
         else:
             run = _Run(call, segments, backward=False)
             out, lse = contained_forward(run.kernel, run.operands)
@@ -96,7 +94,7 @@ class FlashBackend:
         """See `Backend.backward`."""
         segments = _segments(call)
         if call.q.numel() == 0 or not segments.batch.size:
-            return Gradients(*(torch.zeros_like(x, dtype=grad_dtype) for x in (call.q, call.k, call.v)))
+            return call.no_gradients(grad_dtype)
         run = _Run(call, segments, backward=True)
         value_dim = call.v.shape[3]
         do = run.queries(F.pad(dout.to(call.q.dtype), (0, run.width - value_dim)))

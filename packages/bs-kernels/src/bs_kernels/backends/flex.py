@@ -69,10 +69,8 @@ class FlexBackend:
 
     def forward(self, call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
-        batch, len_q, heads, _ = call.q.shape
         if call.q.numel() == 0:
-            out = call.q.new_zeros((batch, len_q, heads, call.v.shape[3]), dtype=out_dtype)
-            return out, call.q.new_full((batch, heads, len_q), _NEG_INF, dtype=call.accumulate_dtype)
+            return call.nothing(out_dtype)
         places = _Places(call.plan)
         mask, active = _block_mask(call, places, backward=False)
         q, k, v = (x.detach().transpose(1, 2) for x in (call.q, call.k, call.v))
@@ -93,7 +91,7 @@ class FlexBackend:
     ) -> Gradients:
         """See `Backend.backward`."""
         if call.q.numel() == 0:
-            return Gradients(*(torch.zeros_like(x, dtype=grad_dtype) for x in (call.q, call.k, call.v)))
+            return call.no_gradients(grad_dtype)
         places = _Places(call.plan)
         mask, _ = _block_mask(call, places, backward=True)
         with _differentiating():
