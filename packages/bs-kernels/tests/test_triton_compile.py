@@ -87,6 +87,7 @@ def test_kernels_compile(name):
             assert compiled.stack <= 256, (kernel, made.config, compiled.stack)
         if target == "sm90" and arguments["dim"] == 128 and arguments.get("q_len") != 1:
             assert "wgmma.mma_async" in compiled.assembly, kernel
+            assert "cp.async.bulk.tensor" not in compiled.assembly, kernel  # nothing has measured it to be faster
 
 
 @pytest.mark.parametrize("kernel", ["forward", "rows", "columns"])
@@ -94,14 +95,12 @@ def test_descriptors_use_the_copy_engine(kernel, monkeypatch):
     if reason := missing_tool("sm90"):
         pytest.skip(reason)
     monkeypatch.setattr(Target, "of", lambda device: TARGETS["sm90"][1])
-    sizes = {"dim": 128, "dtype": torch.bfloat16, "causal": True}
-    used = {}
-    for descriptors in (False, True):
-        ((_, made),) = launches("sm90", (kernel,), change={"descriptors": descriptors}, **sizes)
-        compiled = compile_for(made, "sm90")
-        assert compiled.shared_memory <= TARGETS["sm90"][1].shared_memory
-        used[descriptors] = "cp.async.bulk.tensor" in compiled.assembly
-    assert used == {False: False, True: True}
+    change = {"descriptors": True}
+    ((_, made),) = launches("sm90", (kernel,), dim=128, dtype=torch.bfloat16, causal=True, change=change)
+    compiled = compile_for(made, "sm90")
+    assert compiled.shared_memory <= TARGETS["sm90"][1].shared_memory
+    assert "cp.async.bulk.tensor" in compiled.assembly
+    assert "wgmma.mma_async" in compiled.assembly
 
 
 @pytest.mark.parametrize(("target", "given"), [("sm90", True), ("sm80", False), ("gfx942", False)])

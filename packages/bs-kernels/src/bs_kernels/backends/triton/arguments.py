@@ -118,10 +118,10 @@ def view_of(operand: Operand, tile: int, config: Config, target: Target) -> Tens
     return TensorDescriptor(x, shape, [*strides, 1], [1, 1, tile, padded(x.shape[3])])
 
 
-def bias_of(x: Tensor | None) -> Bias | None:
+def bias_of(x: Tensor | None) -> Bias:
     """A tensor of up to four dimensions with stride 0 where it is broadcast; boolean ones as uint8."""
     if x is None:
-        return None
+        return Bias(None, None, None, None, None)
     if x.dtype in (torch.bool, torch.float64):
         x = x.view(torch.uint8) if x.dtype == torch.bool else x.float()
     strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
@@ -173,11 +173,11 @@ def common(call: Call) -> dict[str, Any]:
             None if call.page_table is None else call.page_table.contiguous(),
         ),
         "rules": Rules(
-            padding=None if padding is None else padding.contiguous().view(torch.uint8),
-            q_segments=None if call.q_segments is None else call.q_segments.contiguous(),
-            kv_segments=None if call.kv_segments is None else call.kv_segments.contiguous(),
-            attn_bias=bias_of(call.attn_bias),
-            block_bias=None if block_bias is None else bias_of(block_bias.to(torch.float32).contiguous()),
+            None if padding is None else padding.contiguous().view(torch.uint8),
+            None if call.q_segments is None else call.q_segments.contiguous(),
+            None if call.kv_segments is None else call.kv_segments.contiguous(),
+            *bias_of(call.attn_bias),
+            *bias_of(None if block_bias is None else block_bias.to(torch.float32).contiguous())[:3],
             seeds=call.dropout_seed if call.dropout_p > 0 else None,
         ),
         "scales": Scales(call.scale * LOG2E, call.scale, 1 / (1 - call.dropout_p)),

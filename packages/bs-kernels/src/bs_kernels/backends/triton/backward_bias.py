@@ -21,7 +21,7 @@ def _add_pairs(
     out,
     d_bias,
     q_tile,
-    dout_tile,
+    do_tile,
     rows_lse,
     rows_delta,
     queries,
@@ -38,6 +38,7 @@ def _add_pairs(
     geometry,
     here,
     rules,
+    sizes,
     scale,
     ACCUMULATE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -48,14 +49,40 @@ def _add_pairs(
         slot = step // T.TILES_N
         first = (step % T.TILES_N) * T.TILE_N
         block = tl.load(lists.blocks + slot)
-        local, bounds, positions = tl.load(lists.starts + slot), geometry.kv_bounds, geometry.kv_start
-        keys = tokens_of(block, local, first, bounds, positions, here.kv_segments, T.TILE_N, 1, T.BLOCK_N, MASKED)
+        k_local = tl.load(lists.starts + slot)
+        keys = tokens_of(
+            block,
+            k_local,
+            first,
+            geometry.kv_bounds,
+            geometry.kv_start,
+            rules.kv_segments,
+            batch.to(tl.int64) * sizes.kv_len,
+            T.TILE_N,
+            1,
+            T.BLOCK_N,
+            MASKED,
+        )
         k_tile = load_step(k_pointer, k, None, keys, batch, kv_head, pages, T.D, T.D_PAD, MASKED, T)
         v_tile = load_step(v_pointer, v, None, keys, batch, kv_head, pages, T.DV, T.DV_PAD, MASKED, T)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=T.PRECISION) * scale
         entry = lists.entries + slot
         _, found = gradient_tile(
-            scores, dout_tile, v_tile, rows_lse, rows_delta, queries, keys, entry, here, rules, MASKED, False, 0, T
+            scores,
+            do_tile,
+            v_tile,
+            rows_lse,
+            rows_delta,
+            queries,
+            keys,
+            entry,
+            here,
+            rules,
+            sizes,
+            MASKED,
+            False,
+            0,
+            T,
         )
         q_token, k_token = (queries.local + queries.at).to(tl.int64), (keys.local + keys.at).to(tl.int64)
         pointers = out + q_token[:, None] * d_bias.query + k_token[None, :] * d_bias.key
@@ -106,13 +133,24 @@ def bias_kernel(
         batch, head = out_batch * batches + turn // heads, out_head * heads + turn % heads
         kv_head = head // T.GROUP
         here = rules_at(rules, sizes, scales, batch, head)
-        bounds, positions = geometry.q_bounds, geometry.q_start
-        queries = tokens_of(i, q_local, first, bounds, positions, here.q_segments, T.TILE_M, 1, T.BLOCK_M, True)
+        queries = tokens_of(
+            i,
+            q_local,
+            first,
+            geometry.q_bounds,
+            geometry.q_start,
+            rules.q_segments,
+            batch.to(tl.int64) * sizes.q_len,
+            T.TILE_M,
+            1,
+            T.BLOCK_M,
+            True,
+        )
         start = q_local.to(tl.int64)
         q_pointer = pointer_at(q, batch, head, None) + start * q.token
         o_pointer = pointer_at(dout, batch, head, None) + start * dout.token
         q_tile = load_block(q_pointer, q.token, queries.at, queries.inside, T.D, T.D_PAD, True, T)
-        dout_tile = load_block(o_pointer, dout.token, queries.at, queries.inside, T.DV, T.DV_PAD, True, T)
+        do_tile = load_block(o_pointer, dout.token, queries.at, queries.inside, T.DV, T.DV_PAD, True, T)
         rows = (batch.to(tl.int64) * q_heads + head) * sizes.q_len + q_local + queries.at
         rows_lse, rows_delta = load_rows(lse, delta, rows, queries.inside)
         pages = geometry.pages
@@ -130,7 +168,7 @@ def bias_kernel(
                 out,
                 d_bias,
                 q_tile,
-                dout_tile,
+                do_tile,
                 rows_lse,
                 rows_delta,
                 queries,
@@ -147,6 +185,7 @@ def bias_kernel(
                 geometry,
                 here,
                 rules,
+                sizes,
                 scales.scores,
                 ACCUMULATE,
                 part == 1,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .tiles import (
     as_operand,
+    filled,
     gradient_tile,
     load_block,
     load_rows,
@@ -24,6 +25,7 @@ from .tiles import (
     rules_at,
     slots_of,
     tokens_of,
+    zeros,
 )
 
 __all__ = ["columns_kernel"]
@@ -44,6 +46,7 @@ def _columns(
     q_view,
     dout_view,
     dq,
+    d_key_bias,
     lse,
     delta,
     batch,
@@ -53,6 +56,7 @@ def _columns(
     geometry,
     here,
     rules,
+    sizes,
     scales,
     MASKED: tl.constexpr,
     T: tl.constexpr,
@@ -66,20 +70,45 @@ def _columns(
         slot = step // T.TILES_M
         first = (step % T.TILES_M) * T.TILE_M
         block = tl.load(lists.blocks + slot)
-        bounds, positions = geometry.q_bounds, geometry.q_start
-        queries = tokens_of(block, q_local, first, bounds, positions, here.q_segments, T.TILE_M, 1, T.BLOCK_M, MASKED)
+        queries = tokens_of(
+            block,
+            q_local,
+            first,
+            geometry.q_bounds,
+            geometry.q_start,
+            rules.q_segments,
+            batch.to(tl.int64) * sizes.q_len,
+            T.TILE_M,
+            1,
+            T.BLOCK_M,
+            MASKED,
+        )
         q_tile = load_step(q_pointer, q, q_view, queries, batch, head, None, T.D, T.D_PAD, MASKED, T)
-        dout_tile = load_step(o_pointer, dout, dout_view, queries, batch, head, None, T.DV, T.DV_PAD, MASKED, T)
+        do_tile = load_step(o_pointer, dout, dout_view, queries, batch, head, None, T.DV, T.DV_PAD, MASKED, T)
         rows_lse, rows_delta = load_rows(lse, delta, q_local + queries.at, queries.inside)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=T.PRECISION) * scales.scores
         entry = lists.entries + slot
         dropped, dscores = gradient_tile(
-            scores, v_tile, dout_tile, rows_lse, rows_delta, queries, keys, entry, here, rules, MASKED, False, 1, T
+            scores,
+            v_tile,
+            do_tile,
+            rows_lse,
+            rows_delta,
+            queries,
+            keys,
+            entry,
+            here,
+            rules,
+            sizes,
+            MASKED,
+            False,
+            1,
+            T,
         )
-        dv = tl.dot(as_operand(dropped, dtype, T), dout_tile, dv, input_precision=T.PRECISION)
+        dv = tl.dot(as_operand(dropped, dtype, T), do_tile, dv, input_precision=T.PRECISION)
         if dq is not None:  # here keys do meet: those beyond the end of their block must add nothing
             dscores = tl.where(keys.inside[:, None], dscores, 0.0)
-        if d_bias is not None:
+        if d_key_bias is not None:
             d_bias += tl.sum(dscores, 1)
         dscores = as_operand(dscores, dtype, T)
         dk = tl.dot(dscores, q_tile, dk, input_precision=T.PRECISION)
@@ -133,11 +162,20 @@ def columns_kernel(
         return
 
     wide = batch.to(tl.int64)
-    segments = rules.kv_segments
-    if segments is not None:
-        segments += wide * sizes.kv_len
-    bounds, positions, pages = geometry.kv_bounds, geometry.kv_start, geometry.pages
-    keys = tokens_of(j, k_local, first, bounds, positions, segments, T.TILE_N, 1, T.BLOCK_N, True)
+    keys = tokens_of(
+        j,
+        k_local,
+        first,
+        geometry.kv_bounds,
+        geometry.kv_start,
+        rules.kv_segments,
+        wide * sizes.kv_len,
+        T.TILE_N,
+        1,
+        T.BLOCK_N,
+        True,
+    )
+    pages = geometry.pages
     k_pointer, v_pointer = pointer_at(k, batch, kv_head, pages), pointer_at(v, batch, kv_head, pages)
     held = keys.inside
     if pages is not None:
@@ -153,17 +191,15 @@ def columns_kernel(
     v_tile = load_block(v_pointer, v.token, keys.at, held, T.DV, T.DV_PAD, True, T)
 
     tokens = k_local + keys.at
-    k_gradient = tl.zeros([T.TILE_N, T.D_PAD], dtype=tl.float32)
-    v_gradient = tl.zeros([T.TILE_N, T.DV_PAD], dtype=tl.float32)
+    k_gradient = zeros(T.TILE_N, T.D_PAD)
+    v_gradient = zeros(T.TILE_N, T.DV_PAD)
     for inner in range(T.GROUP):
         head = kv_head * T.GROUP + inner
         rows = (wide * q_heads + head) * sizes.q_len
         dq_head = None
         if dq is not None:
             dq_head = dq + (wide * sizes.q_len * q_heads + head) * T.D
-        d_bias = None
-        if d_key_bias is not None:
-            d_bias = tl.zeros([T.TILE_N], dtype=tl.float32)
+        d_bias = filled(T.TILE_N, 0.0)
         here = rules_at(rules, sizes, scales, batch, head)
         list_at = at if T.SHARED_HEADS else at + inner * sizes.blocks
         begin, middle, end = slots_of(lists, list_at)
@@ -182,6 +218,7 @@ def columns_kernel(
                 q_view,
                 dout_view,
                 dq_head,
+                d_key_bias,
                 lse + rows,
                 delta + rows,
                 batch,
@@ -191,6 +228,7 @@ def columns_kernel(
                 geometry,
                 here,
                 rules,
+                sizes,
                 scales,
                 part == 1,
                 T,

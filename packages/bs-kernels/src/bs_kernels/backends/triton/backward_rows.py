@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .tiles import (
     as_operand,
+    filled,
     gradient_tile,
     load_block,
     load_rows,
@@ -22,6 +23,7 @@ from .tiles import (
     rules_at,
     slots_of,
     tokens_of,
+    zeros,
 )
 
 __all__ = ["rows_kernel"]
@@ -32,7 +34,7 @@ def _rows(
     dq,
     d_bias,
     q_tile,
-    dout_tile,
+    do_tile,
     rows_lse,
     rows_delta,
     queries,
@@ -51,9 +53,11 @@ def _rows(
     geometry,
     here,
     rules,
+    sizes,
     scale,
     d_block_bias,
     block_sums,
+    d_query_bias,
     MASKED: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -64,19 +68,44 @@ def _rows(
         slot = step // T.TILES_N
         first = (step % T.TILES_N) * T.TILE_N
         block = tl.load(lists.blocks + slot)
-        bounds, positions = geometry.kv_bounds, geometry.kv_start
-        keys = tokens_of(block, k_local, first, bounds, positions, here.kv_segments, T.TILE_N, 1, T.BLOCK_N, MASKED)
+        keys = tokens_of(
+            block,
+            k_local,
+            first,
+            geometry.kv_bounds,
+            geometry.kv_start,
+            rules.kv_segments,
+            batch.to(tl.int64) * sizes.kv_len,
+            T.TILE_N,
+            1,
+            T.BLOCK_N,
+            MASKED,
+        )
         k_tile = load_step(k_pointer, k, k_view, keys, batch, kv_head, pages, T.D, T.D_PAD, MASKED, T)
         v_tile = load_step(v_pointer, v, v_view, keys, batch, kv_head, pages, T.DV, T.DV_PAD, MASKED, T)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=T.PRECISION) * scale
         entry = lists.entries + slot
         _, dscores = gradient_tile(
-            scores, dout_tile, v_tile, rows_lse, rows_delta, queries, keys, entry, here, rules, MASKED, True, 0, T
+            scores,
+            do_tile,
+            v_tile,
+            rows_lse,
+            rows_delta,
+            queries,
+            keys,
+            entry,
+            here,
+            rules,
+            sizes,
+            MASKED,
+            True,
+            0,
+            T,
         )
-        if d_block_bias is not None:
+        if d_block_bias.data is not None:
             sums = block_sums + (step % T.TILES_N) * d_block_bias.query + tl.load(entry)
             tl.store(sums, tl.sum(tl.sum(dscores, 1), 0))
-        if d_bias is not None:
+        if d_query_bias is not None:
             d_bias += tl.sum(dscores, 1)
         dq = tl.dot(as_operand(dscores, dtype, T), k_tile, dq, input_precision=T.PRECISION)
         k_local = tl.load(lists.starts + (step + 1) // T.TILES_N)
@@ -124,13 +153,24 @@ def rows_kernel(
 
     wide, wide_head = batch.to(tl.int64), head.to(tl.int64)
     here = rules_at(rules, sizes, scales, batch, head)
-    bounds, positions = geometry.q_bounds, geometry.q_start
-    queries = tokens_of(i, q_local, first, bounds, positions, here.q_segments, T.TILE_M, 1, T.BLOCK_M, True)
+    queries = tokens_of(
+        i,
+        q_local,
+        first,
+        geometry.q_bounds,
+        geometry.q_start,
+        rules.q_segments,
+        wide * sizes.q_len,
+        T.TILE_M,
+        1,
+        T.BLOCK_M,
+        True,
+    )
     tokens, start = q_local + queries.at, q_local.to(tl.int64)
     q_pointer = pointer_at(q, batch, head, None) + start * q.token
     o_pointer = pointer_at(dout, batch, head, None) + start * dout.token
     q_tile = load_block(q_pointer, q.token, queries.at, queries.inside, T.D, T.D_PAD, True, T)
-    dout_tile = load_block(o_pointer, dout.token, queries.at, queries.inside, T.DV, T.DV_PAD, True, T)
+    do_tile = load_block(o_pointer, dout.token, queries.at, queries.inside, T.DV, T.DV_PAD, True, T)
     rows = (wide * q_heads + head) * sizes.q_len + tokens
     rows_lse, rows_delta = load_rows(lse, delta, rows, queries.inside)
     pages = geometry.pages
@@ -138,21 +178,19 @@ def rows_kernel(
     if pages is not None:
         pages += wide * sizes.kv_blocks
     block_sums = None
-    if d_block_bias is not None:
+    if d_block_bias.data is not None:
         block_sums = d_block_bias.data + wide * d_block_bias.batch + wide_head * d_block_bias.head
         block_sums += tile.to(tl.int64) * T.TILES_N * d_block_bias.query
 
-    gradient = tl.zeros([T.TILE_M, T.D_PAD], dtype=tl.float32)
-    d_bias = None
-    if d_query_bias is not None:
-        d_bias = tl.zeros([T.TILE_M], dtype=tl.float32)
+    gradient = zeros(T.TILE_M, T.D_PAD)
+    d_bias = filled(T.TILE_M, 0.0)
     begin, middle, end = slots_of(lists, at)
     for part in tl.static_range(2):
         gradient, d_bias = _rows(
             gradient,
             d_bias,
             q_tile,
-            dout_tile,
+            do_tile,
             rows_lse,
             rows_delta,
             queries,
@@ -171,9 +209,11 @@ def rows_kernel(
             geometry,
             here,
             rules,
+            sizes,
             scales.scores,
             d_block_bias,
             block_sums,
+            d_query_bias,
             part == 1,
             T,
         )

@@ -16,6 +16,7 @@ from .tiles import (
     adjust,
     as_operand,
     dropout_keep,
+    filled,
     load_block,
     load_step,
     owner_of,
@@ -24,6 +25,7 @@ from .tiles import (
     rules_at,
     slots_of,
     tokens_of,
+    zeros,
 )
 
 __all__ = ["forward_kernel", "merge_kernel"]
@@ -51,6 +53,7 @@ def _attend(
     geometry,
     here,
     rules,
+    sizes,
     scale,
     MASKED: tl.constexpr,
     T: tl.constexpr,
@@ -62,8 +65,19 @@ def _attend(
         slot = step // T.TILES_N
         first = (step % T.TILES_N) * T.TILE_N
         block = tl.load(lists.blocks + slot)
-        bounds, positions = geometry.kv_bounds, geometry.kv_start
-        keys = tokens_of(block, k_local, first, bounds, positions, here.kv_segments, T.TILE_N, 1, T.BLOCK_N, MASKED)
+        keys = tokens_of(
+            block,
+            k_local,
+            first,
+            geometry.kv_bounds,
+            geometry.kv_start,
+            rules.kv_segments,
+            batch.to(tl.int64) * sizes.kv_len,
+            T.TILE_N,
+            1,
+            T.BLOCK_N,
+            MASKED,
+        )
         k_tile = load_step(k_pointer, k, k_view, keys, batch, kv_head, pages, T.D, T.D_PAD, MASKED, T)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=T.PRECISION)
         if T.FUSED_SCALE and not MASKED:
@@ -71,7 +85,7 @@ def _attend(
             weights = tl.exp2(scores * scale - new_top[:, None])
             rescale = tl.exp2(top - new_top)
         else:
-            scores = adjust(scores * scale, queries, keys, lists.entries + slot, here, rules, MASKED, True, 0)
+            scores = adjust(scores * scale, queries, keys, lists.entries + slot, here, rules, sizes, MASKED, True, 0)
             new_top = tl.maximum(top, tl.max(scores, 1))
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # so that exp2(−inf − finite) = 0
             weights = tl.exp2(scores - finite[:, None])
@@ -79,7 +93,7 @@ def _attend(
         total = total * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None]
         top = new_top
-        if here.seed is not None:
+        if rules.seeds is not None:
             weights = tl.where(dropout_keep(weights, queries, keys, here, 0), weights, 0.0)
         v_tile = load_step(v_pointer, v, v_view, keys, batch, kv_head, pages, T.DV, T.DV_PAD, MASKED, T)
         acc = tl.dot(as_operand(weights, dtype, T), v_tile, acc, input_precision=T.PRECISION)
@@ -117,8 +131,19 @@ def forward_kernel(
     else:
         of_row = head
     here = rules_at(rules, sizes, scales, batch, of_row)
-    bounds, positions = geometry.q_bounds, geometry.q_start
-    queries = tokens_of(i, q_local, first, bounds, positions, here.q_segments, T.TILE_M, T.PACK, T.BLOCK_M, True)
+    queries = tokens_of(
+        i,
+        q_local,
+        first,
+        geometry.q_bounds,
+        geometry.q_start,
+        rules.q_segments,
+        batch.to(tl.int64) * sizes.q_len,
+        T.TILE_M,
+        T.PACK,
+        T.BLOCK_M,
+        True,
+    )
     q_pointer = pointer_at(q, batch, of_row, None) + q_local.to(tl.int64) * q.token
     q_tile = load_block(q_pointer, q.token, queries.at, queries.inside, T.D, T.D_PAD, True, T)
     pages = geometry.pages
@@ -126,9 +151,9 @@ def forward_kernel(
     if pages is not None:
         pages += batch.to(tl.int64) * sizes.kv_blocks
 
-    acc = tl.zeros([T.TILE_M, T.DV_PAD], dtype=tl.float32)
-    total = tl.zeros([T.TILE_M], dtype=tl.float32)
-    top = tl.full([T.TILE_M], float("-inf"), dtype=tl.float32)
+    acc = zeros(T.TILE_M, T.DV_PAD)
+    total = filled(T.TILE_M, 0.0)
+    top = filled(T.TILE_M, float("-inf"))
     begin, middle, end = slots_of(lists, at)
     if T.SPLITS > 1:
         length = (end - begin).to(tl.int64)
@@ -157,6 +182,7 @@ def forward_kernel(
             geometry,
             here,
             rules,
+            sizes,
             scales.scores,
             part == 1,
             T,

@@ -1,7 +1,7 @@
 """What kernels are given and hand to one another, grouped; Triton takes named tuples like any argument.
 
 A member is a pointer (on the host: a tensor), a number, or None. What a kernel does with an optional member is decided
-when it is compiled, by whether the member is None.
+when it is compiled, by whether the member is None. Tuples are not nested: Triton 3.6 loses numbers in inner ones.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class Operand(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """A tensor [B, H, ·, ·] and its strides, 0 where it is broadcast."""
+    """A tensor [B, H, ·, ·] and its strides, 0 where it is broadcast; all None where there is none."""
 
     data: Any
     batch: Any
@@ -51,13 +51,26 @@ class Geometry(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What a call adds to scores or masks. ``attn_bias`` and ``block_bias`` are `Bias`; boolean ones are uint8."""
+    """What a call adds to scores or masks; boolean tensors are uint8. Strides are 0 where a bias is broadcast.
+
+    Attributes:
+        padding: [B, Sk]; q_segments, kv_segments: [B, S].
+        attn_bias: [B, H, Sq, Sk], and its strides.
+        block_bias: [B, H, entries], and its first two strides.
+        seeds: the seed of dropout.
+    """
 
     padding: Any
     q_segments: Any
     kv_segments: Any
     attn_bias: Any
+    attn_batch: Any
+    attn_head: Any
+    attn_query: Any
+    attn_key: Any
     block_bias: Any
+    block_batch: Any
+    block_head: Any
     seeds: Any
 
 
@@ -98,13 +111,9 @@ class Scales(NamedTuple):
 
 
 class Here(NamedTuple):
-    """`Rules` and `Sizes` at one batch element and query head (or, [M, 1], the heads of a tile's rows)."""
+    """`Rules` at one batch element and query head (or, [M, 1], the heads of a tile's rows); 0 for what they lack."""
 
-    low: Any
-    high: Any
     padding: Any
-    q_segments: Any
-    kv_segments: Any
     attn_bias: Any
     block_bias: Any
     seed: Any
@@ -121,7 +130,7 @@ class Tokens(NamedTuple):
         block: their block; local: its first local token; position: that token's absolute position.
         first: where in the block the tile begins; at: [n] where each token is.
         inside: bool[n], whether it is part of the block.
-        segment: [n] segment ids, or None.
+        segment: [n] segment ids, or 0.
     """
 
     block: Any

@@ -4,6 +4,8 @@ of a tile of scores.
 Triton reads annotations as values, so this module does without ``from __future__ import annotations``. Shape legend: M
 queries and N keys per tile, D, DV head dims padded to a power of two. Scores are in units of log₂. They lie [M, N], or
 transposed [N, M]: AXIS says which axis the queries are on.
+
+What a function returns has no None in it: Triton 3.6 refuses that. Members that do not apply are 0.
 """
 
 # Triton compiles what follows; to a type checker of Python it makes no sense.
@@ -23,6 +25,7 @@ __all__ = [
     "as_operand",
     "distances",
     "dropout_keep",
+    "filled",
     "gradient_tile",
     "load_block",
     "load_rows",
@@ -33,6 +36,7 @@ __all__ = [
     "rules_at",
     "slots_of",
     "tokens_of",
+    "zeros",
 ]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -90,12 +94,16 @@ def tokens_of(
     bounds,
     positions,
     segments,
+    offset,
     TILE: tl.constexpr,
     PACK: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The tokens of a tile that begins at ``first`` in a block. Unless MASKED, all BLOCK of them are known to exist."""
+    """The tokens of a tile that begins at ``first`` in a block. Unless MASKED, all BLOCK of them are known to exist.
+
+    ``segments`` are None or the segment ids of all batch elements; those of this one begin at ``offset``.
+    """
     rows = tl.arange(0, TILE)
     if PACK > 1:
         at = first + rows // PACK
@@ -109,10 +117,22 @@ def tokens_of(
     if PACK > 1:
         inside = inside & (rows < TILE // PACK * PACK)
     if segments is not None:
-        segment = tl.load(segments + local + at, mask=inside, other=0)
+        segment = tl.load(segments + offset + local + at, mask=inside, other=0)
     else:
-        segment = None
+        segment = 0
     return Tokens(block, local, tl.load(positions + block), first, at, inside, segment)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tile to sum in."""
+    return tl.zeros([ROWS, COLS], dtype=tl.float32)
+
+
+@triton.jit
+def filled(SIZE: tl.constexpr, value):
+    """A vector of one number per row."""
+    return tl.full([SIZE], value, dtype=tl.float32)
 
 
 # -- loads -------------------------------------------------------------------------------------------------------------
@@ -220,26 +240,17 @@ def along(x, AXIS: tl.constexpr):
 def rules_at(rules, sizes, scales, batch, head):
     """The rules at a batch element and query head (a scalar, or [M, 1] where rows differ)."""
     wide, wide_head = batch.to(tl.int64), head.to(tl.int64)
-    padding, q_segments, kv_segments = rules.padding, rules.q_segments, rules.kv_segments
-    if padding is not None:
-        padding += wide * sizes.kv_len
-    if q_segments is not None:
-        q_segments += wide * sizes.q_len
-        kv_segments += wide * sizes.kv_len
-    attn_bias, block_bias = rules.attn_bias, None
-    if attn_bias is not None:
-        attn_bias = attn_bias.data + wide * attn_bias.batch + wide_head * attn_bias.head
+    padding, attn_bias, block_bias, seed = 0, 0, 0, 0
+    if rules.padding is not None:
+        padding = rules.padding + wide * sizes.kv_len
+    if rules.attn_bias is not None:
+        attn_bias = rules.attn_bias + wide * rules.attn_batch + wide_head * rules.attn_head
     if rules.block_bias is not None:
-        block_bias = rules.block_bias.data + wide * rules.block_bias.batch + wide_head * rules.block_bias.head
-    seed = None
+        block_bias = rules.block_bias + wide * rules.block_batch + wide_head * rules.block_head
     if rules.seeds is not None:
         seed = tl.load(rules.seeds)
     return Here(
-        sizes.low,
-        sizes.high,
         padding,
-        q_segments,
-        kv_segments,
         attn_bias,
         block_bias,
         seed,
@@ -260,25 +271,25 @@ def distances(q, k, AXIS: tl.constexpr):
 
 
 @triton.jit
-def adjust(scores, q, k, entry, here, rules, MASKED: tl.constexpr, ENDS: tl.constexpr, AXIS: tl.constexpr):
+def adjust(scores, q, k, entry, here, rules, sizes, MASKED: tl.constexpr, ENDS: tl.constexpr, AXIS: tl.constexpr):
     """Add biases to scores and set those that a mask drops to −inf.
 
     Args:
         scores: float32, scaled, times log₂ e.
         q, k: `Tokens` of the tile.
         entry: where block_bias is read.
-        here: the rules at this batch element and head; ``rules`` has the strides.
+        here: the rules at this batch element and head; ``rules`` and ``sizes`` say which there are.
         MASKED: the band or the end of a block may cut into this tile.
         ENDS: whether keys beyond the end of their block are masked. Where scores of one key never meet those of
             another, they need not be; queries beyond the end never do.
         AXIS: that of the queries.
     """
     k_in = along(k.inside, 1 - AXIS)
-    if here.block_bias is not None:
+    if rules.block_bias is not None:
         scores += tl.load(here.block_bias + tl.load(entry)).to(tl.float32) * LOG2E
-    if here.attn_bias is not None:
+    if rules.attn_bias is not None:
         q_token, k_token = along(q.local + q.at, AXIS).to(tl.int64), along(k.local + k.at, 1 - AXIS).to(tl.int64)
-        pointers = here.attn_bias + q_token * rules.attn_bias.query + k_token * rules.attn_bias.key
+        pointers = here.attn_bias + q_token * rules.attn_query + k_token * rules.attn_key
         bias = tl.load(pointers, mask=along(q.inside, AXIS) & k_in, other=0)
         if bias.dtype == tl.uint8:
             scores = tl.where(bias != 0, scores, float("-inf"))
@@ -287,14 +298,14 @@ def adjust(scores, q, k, entry, here, rules, MASKED: tl.constexpr, ENDS: tl.cons
     if MASKED:
         if ENDS:
             scores = tl.where(k_in, scores, float("-inf"))
-        if here.low is not None:
-            scores = tl.where(distances(q, k, AXIS) >= here.low, scores, float("-inf"))
-        if here.high is not None:
-            scores = tl.where(distances(q, k, AXIS) <= here.high, scores, float("-inf"))
-    if here.padding is not None:
+        if sizes.low is not None:
+            scores = tl.where(distances(q, k, AXIS) >= sizes.low, scores, float("-inf"))
+        if sizes.high is not None:
+            scores = tl.where(distances(q, k, AXIS) <= sizes.high, scores, float("-inf"))
+    if rules.padding is not None:
         real = tl.load(here.padding + k.local + k.at, mask=k.inside, other=0) != 0
         scores = tl.where(along(real, 1 - AXIS), scores, float("-inf"))
-    if q.segment is not None:
+    if rules.q_segments is not None:
         scores = tl.where(along(q.segment, AXIS) == along(k.segment, 1 - AXIS), scores, float("-inf"))
     return scores
 
@@ -323,6 +334,7 @@ def gradient_tile(
     entry,
     here,
     rules,
+    sizes,
     MASKED: tl.constexpr,
     ENDS: tl.constexpr,
     AXIS: tl.constexpr,
@@ -334,13 +346,13 @@ def gradient_tile(
         scores: scaled products of queries and keys.
         left, right: tiles whose product is the gradient of the probabilities: dO and V, or V and dO.
         rows_lse, rows_delta: of `load_rows`.
-        q, k, entry, here, rules, MASKED, ENDS, AXIS: as in `adjust`.
+        q, k, entry, here, rules, sizes, MASKED, ENDS, AXIS: as in `adjust`.
     """
-    scores = adjust(scores, q, k, entry, here, rules, MASKED, ENDS, AXIS)
+    scores = adjust(scores, q, k, entry, here, rules, sizes, MASKED, ENDS, AXIS)
     weights = tl.exp2(scores - along(rows_lse, AXIS))
     dweights = tl.dot(left, tl.trans(right), input_precision=T.PRECISION)
     dropped = weights
-    if here.seed is not None:
+    if rules.seeds is not None:
         keep = dropout_keep(weights, q, k, here, AXIS)
         dropped = tl.where(keep, weights * here.keep_scale, 0.0)
         dweights = tl.where(keep, dweights * here.keep_scale, 0.0)
