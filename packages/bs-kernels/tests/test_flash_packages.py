@@ -15,8 +15,9 @@ import torch
 
 from bs_kernels import LayoutPlan, TokenMask, block_sparse_attention
 from bs_kernels.backends import _flash_kernels, _flash_packages, flash
-from bs_kernels.backends._flash_kernels import TORCH_KERNELS, Asked
+from bs_kernels.backends._flash_kernels import TORCH_KERNELS, Asked, Operands
 from bs_kernels.backends._flash_packages import PACKAGE_KERNELS
+from bs_kernels.backends._flash_segments import Segments, Variable
 from bs_kernels.backends.base import Problem
 from bs_kernels.testing import check_against_oracle, make_case, make_layout
 from bs_patterns import BlockLayout
@@ -638,6 +639,31 @@ def test_torch_flash_computes_it(operators, only, what):
     only(FLASH)
     check_against_oracle(contiguous_padding(CASES[what]()), backend="flash")
     assert operators.calls[0]["key"].shape[-2] == 4  # a copy per query head
+
+
+@pytest.mark.parametrize(
+    ("kernel", "variable"),
+    [(FLASH, False), (FLASH, True), (CUDNN, False), (EFFICIENT, False)],
+    ids=["flash", "flash, variable lengths", "cuDNN", "memory-efficient"],
+)
+def test_torchs_own_operators_take_what_they_are_given(kernel, variable):
+    """The real ones, on tensors without data: schemas, types and shapes."""
+    segments = Segments(*(np.zeros(1, np.int64) + n for n in (0, 0, 40, 0, 40)), sizes=(1, 40, 40), right=0)
+    assert segments.whole
+    q, k = (torch.empty((1, 40, heads, 64), dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    lse = torch.empty((1, 4, 40), device="meta")
+    lengths = None
+    if variable:
+        cu = torch.empty(2, dtype=torch.int32, device="meta")
+        lengths = Variable(None, None, cu, cu, 40, 40)
+        q, k, lse = q[0], k[0], lse[0]
+    x = Operands(q, k, k, 0.125, segments, lengths, False)
+    out, found = kernel.forward(x)
+    assert out.shape == q.shape
+    assert found.shape == lse.shape
+    dq, dk, dv = kernel.backward(x, q, q, lse, lse)
+    assert dq.shape == q.shape
+    assert dk.shape == dv.shape == k.shape
 
 
 @pytest.mark.parametrize("what", ["full", "causal", "negative scale"])

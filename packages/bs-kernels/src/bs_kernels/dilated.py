@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -58,6 +58,25 @@ SegmentIds = Tensor | tuple[Tensor, Tensor] | None
 _NEG_INF = float("-inf")
 
 
+class DilatedArguments(TypedDict, total=False):
+    """The optional arguments of `dilated_attention`, but for ``return_lse``."""
+
+    causal: bool
+    combine: Combine
+    key_padding_mask: Tensor | None
+    segment_ids: SegmentIds
+    attn_bias: Tensor | None
+    dropout_p: float
+    dropout_seed: int | Tensor | None
+    segment_layout: SegmentLayout | None
+    scale: float | None
+    q_start: int | None
+    kv_start: int
+    deterministic: bool
+    backend: str
+    plan: DilatedPlan | None
+
+
 @overload
 def dilated_attention(
     q: Tensor,
@@ -66,21 +85,8 @@ def dilated_attention(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     *,
-    causal: bool = ...,
-    combine: Combine = ...,
-    key_padding_mask: Tensor | None = ...,
-    segment_ids: SegmentIds = ...,
-    attn_bias: Tensor | None = ...,
-    dropout_p: float = ...,
-    dropout_seed: int | Tensor | None = ...,
-    segment_layout: SegmentLayout | None = ...,
-    scale: float | None = ...,
-    q_start: int | None = ...,
-    kv_start: int = ...,
-    return_lse: Literal[False] = ...,
-    deterministic: bool = ...,
-    backend: str = ...,
-    plan: DilatedPlan | None = ...,
+    return_lse: Literal[False] = False,
+    **arguments: Unpack[DilatedArguments],
 ) -> Tensor: ...
 
 
@@ -92,21 +98,8 @@ def dilated_attention(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     *,
-    causal: bool = ...,
-    combine: Combine = ...,
-    key_padding_mask: Tensor | None = ...,
-    segment_ids: SegmentIds = ...,
-    attn_bias: Tensor | None = ...,
-    dropout_p: float = ...,
-    dropout_seed: int | Tensor | None = ...,
-    segment_layout: SegmentLayout | None = ...,
-    scale: float | None = ...,
-    q_start: int | None = ...,
-    kv_start: int = ...,
     return_lse: Literal[True],
-    deterministic: bool = ...,
-    backend: str = ...,
-    plan: DilatedPlan | None = ...,
+    **arguments: Unpack[DilatedArguments],
 ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -158,7 +158,8 @@ def find_segments(call: Call) -> Segments | str:
     ids, padding = call.q_segments is not None, call.key_padding_mask is not None
     if not ids and not padding:
         # Whatever depends on the plan alone is worked out once for it.
-        return derived(call.plan, ("flash segments", call.q.shape[0]), lambda: _from_layout(call))
+        key = ("flash segments", call.q.shape[0], call.plan.token_mask.band)
+        return derived(call.plan, key, lambda: _from_layout(call))
     batch, len_q = call.q.shape[:2]
     len_k = call.plan.seq_len[1]
     q_ids = call.q_segments if ids else torch.zeros(batch, len_q, dtype=torch.int32, device=call.q.device)
