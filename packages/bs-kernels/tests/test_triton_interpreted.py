@@ -1,4 +1,4 @@
-"""Without a GPU: `test_triton_oracle` in a process of its own, where Triton interprets kernels on CPU tensors.
+"""Without a GPU: the tests of kernels in a process of their own, where Triton interprets them on CPU tensors.
 
 Triton decides how to make kernels when it is first imported, and in this process something else may have imported it.
 """
@@ -21,8 +21,8 @@ pytestmark = [
 
 @pytest.mark.timeout(1200)  # a whole suite
 def test_the_kernels_match_the_oracle_in_the_interpreter():
-    suite = Path(__file__).with_name("test_triton_oracle.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(suite)]
+    suite = [str(Path(__file__).with_name(f"test_triton_{name}.py")) for name in ("oracle", "waiting")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *suite]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
