@@ -81,7 +81,8 @@ class Backward {
  private:
   friend class BiasGradient<V>;
   static constexpr long L = 2 * V::W;
-  static constexpr int kJoint = 2;                 // tiles that share one product into dK and dV
+  // Tiles that share one product into dK and dV; narrow vectors leave more of the first cache to their sums than that saves.
+  static constexpr int kJoint = V::W >= 16 ? 2 : 1;
   static constexpr long kRowUnits = kJoint * L / V::PAIR;  // operands of a row of p_rows and ds_rows
 
   // One tile of queries and everything that its products read.

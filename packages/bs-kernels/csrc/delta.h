@@ -29,16 +29,19 @@ class Delta {
   }
 
  private:
-  static constexpr long kTokens = 32, kPiece = 128;
+  static constexpr long kTokens = 32;
 
   float dot(const char* x, const char* y) const {
     typename V::f total = V::all(0.f);
-    for (long from = 0; from < c_.v_dim; from += kPiece) {
-      const long n = c_.v_dim - from < kPiece ? c_.v_dim - from : kPiece, padded = round_up(n, V::W);
-      float a[kPiece], b[kPiece];
-      widen_row<V>(x + from * element_size(c_.dtype), c_.dtype, n, a, padded);
-      widen_row<V>(y + from * element_size(c_.result_dtype), c_.result_dtype, n, b, padded);
-      for (long i = 0; i < padded; i += V::W) total = V::fma(V::load(a + i), V::load(b + i), total);
+    const long whole = c_.v_dim / V::W * V::W, rest = c_.v_dim - whole;
+    const long x_step = element_size(c_.dtype), y_step = element_size(c_.result_dtype);
+    for (long i = 0; i < whole; i += V::W)
+      total = V::fma(widen<V>(x + i * x_step, c_.dtype), widen<V>(y + i * y_step, c_.result_dtype), total);
+    if (rest) {
+      float a[V::W], b[V::W];
+      widen_row<V>(x + whole * x_step, c_.dtype, rest, a, V::W);
+      widen_row<V>(y + whole * y_step, c_.result_dtype, rest, b, V::W);
+      total = V::fma(V::load(a), V::load(b), total);
     }
     float lane[V::W];
     V::store(lane, total);

@@ -20,6 +20,19 @@ constexpr long units(long n) {
 template <class V>
 constexpr long kKeyStep = V::TILES ? 32 : V::PAIR;
 
+// W elements -> f32.
+template <class V>
+BSA_INLINE typename V::f widen(const void* src, int dtype) {
+  if (dtype == BSA_F32) return V::load(static_cast<const float*>(src));
+  const uint16_t* p = static_cast<const uint16_t*>(src);
+  if (dtype == BSA_F16) return V::from_half(p);
+  uint32_t bits[V::W];
+  for (int l = 0; l < V::W; ++l) bits[l] = uint32_t(p[l]) << 16;
+  float wide[V::W];
+  std::memcpy(wide, bits, sizeof wide);
+  return V::load(wide);
+}
+
 // Row of `n` elements -> f32, zero padded to `padded`.
 template <class V>
 BSA_INLINE void widen_row(const void* src, int dtype, long n, float* dst, long padded) {

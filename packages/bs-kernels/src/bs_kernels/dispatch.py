@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from .backends.base import Backend, Call, Detailed, Inspecting, Problem
+from .backends.base import Backend, Call, Detailed, Problem
 from .backends.flash import FlashBackend
 from .backends.flex import FlexBackend
 from .backends.native import NativeBackend
@@ -133,7 +133,9 @@ def _automatic(problem: Problem) -> Iterator[Backend]:
 
 
 def _refusals(backend: Backend, problem: Problem, call: Call) -> list[str]:
-    return backend.refusals(call, problem.backward) if isinstance(backend, Inspecting) else []
+    # By attribute: asking a protocol takes longer than anything else here.
+    inspect = getattr(backend, "refusals", None)
+    return [] if inspect is None else inspect(call, problem.backward)
 
 
 def _refuse_if(name: str, reasons: list[str]) -> None:
