@@ -94,7 +94,11 @@ class Kernel(Protocol):
         ...
 
     def refuses(self, x: Operands) -> list[str]:
-        """Why it cannot compute these operands, of which it said nothing in `reasons`."""
+        """Why it cannot compute what it said nothing against in `reasons`.
+
+        Args:
+            x: the segments, and q and k without data, [B, S, H, X] also where lengths vary.
+        """
         ...
 
     def forward(self, x: Operands) -> tuple[Tensor, Tensor]:
@@ -224,13 +228,8 @@ class _TorchKernel:
 
     def _unusable(self, x: Operands, check: str, causal: bool) -> list[str]:
         """torch's own answer about the operands; it knows the build, the driver and what the user switched off."""
-        shapes = [t.shape if x.variable is None else (1, *t.shape) for t in (x.q, x.k, x.v)]
-        width = x.q.shape[-1]
-        q, k, v = (
-            t.new_empty(width).expand(shape[0], x.q.shape[-2], shape[1], width)
-            for t, shape in zip((x.q, x.k, x.v), shapes, strict=True)
-        )
-        params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, causal, False)
+        q, k = (t[:, :, :1].expand(-1, -1, x.q.shape[2], -1).transpose(1, 2) for t in (x.q, x.k))
+        params = torch.backends.cuda.SDPAParams(q, k, k, None, 0.0, causal, False)
         return [] if getattr(torch.backends.cuda, check)(params) else [f"torch says that {self.name} cannot run here"]
 
 
@@ -304,7 +303,7 @@ class _HeadMajor(_TorchKernel):
     check = ""
 
     def refuses(self, x: Operands) -> list[str]:
-        if x.variable is not None:
+        if not x.segments.whole:
             return [f"{self.name} has no variable lengths"]
         return _square_causal(x) or self._unusable(x, self.check, x.causal)
 

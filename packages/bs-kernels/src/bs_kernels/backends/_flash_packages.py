@@ -54,7 +54,7 @@ class _Package:
 
     def refuses(self, x: Operands) -> list[str]:
         try:
-            self.functions(x.variable is not None)
+            self.functions(not x.segments.whole)
         except (ImportError, AttributeError, OSError, RuntimeError) as error:
             return [f"{self.name} is installed but cannot be used: {type(error).__name__}: {error}".split("\n")[0]]
         return []

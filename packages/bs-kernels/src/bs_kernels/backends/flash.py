@@ -97,7 +97,7 @@ class FlashBackend:
             return call.no_gradients(grad_dtype)
         run = _Run(call, segments, backward=True)
         value_dim = call.v.shape[3]
-        do = run.queries(F.pad(dout.to(call.q.dtype), (0, run.width - value_dim)))
+        do = run.queries(_widened(dout.to(call.q.dtype), run.width))
         lse, delta = run.rows(lse.masked_fill(lse == _NEG_INF, _POS_INF)), run.rows(delta)
         out = torch.zeros_like(do)
         if not run.kernel.takes_delta:
@@ -148,24 +148,25 @@ class _Run:
     backward: bool
 
     @cached_property
-    def _chosen(self) -> tuple[Kernel | None, Operands | None, list[str]]:
+    def _chosen(self) -> tuple[Kernel | None, list[str]]:
         call = self.call
         width = max(call.q.shape[3], call.v.shape[3])
         asked = _asked(call.q.device.type, call.q.dtype, width, self.backward, call.deterministic)
         kernels, reasons = _able(asked)
         refused = list(reasons)
         for kernel in kernels:
-            x = self._operands(kernel)
-            why = kernel.refuses(x)
+            width = self._width(kernel)
+            q, k = (x.new_empty(width).expand(*x.shape[:3], width) for x in (call.q, call.k))
+            why = kernel.refuses(Operands(q, k, k, 1.0, self.segments, None, call.deterministic))
             if not why:
-                return kernel, x, []
+                return kernel, []
             refused += why
-        return None, None, refused
+        return None, refused
 
     @property
     def refused(self) -> list[str]:
         """Why no kernel can compute this; empty if one can."""
-        return self._chosen[2]
+        return self._chosen[1]
 
     @property
     def kernel(self) -> Kernel:
@@ -175,15 +176,13 @@ class _Run:
         return self._chosen[0]
 
     @property
-    def operands(self) -> Operands:
-        """q, k and v as the kernel takes them: of one width, of one batch where lengths vary."""
-        assert self._chosen[1] is not None
-        return self._chosen[1]
-
-    @property
     def width(self) -> int:
         """Columns of the operands."""
-        return self.operands.q.shape[-1]
+        return self._width(self.kernel)
+
+    def _width(self, kernel: Kernel) -> int:
+        extra = _EXTRA if self.backward and not kernel.takes_delta else 0
+        return -(-(max(self.call.q.shape[3], self.call.v.shape[3]) + extra) // kernel.multiple) * kernel.multiple
 
     @cached_property
     def variable(self) -> Variable | None:
@@ -196,13 +195,13 @@ class _Run:
         found = self.segments.without_keys
         return None if found is None else found.to(self.call.q.device)
 
-    def _operands(self, kernel: Kernel) -> Operands:
+    @cached_property
+    def operands(self) -> Operands:
+        """q, k and v as the kernel takes them: of one width, of one batch where lengths vary."""
         call = self.call
-        extra = _EXTRA if self.backward and not kernel.takes_delta else 0
-        width = -(-(max(call.q.shape[3], call.v.shape[3]) + extra) // kernel.multiple) * kernel.multiple
         # The kernels mask before they scale: a scale that is not positive would turn −∞ around. Its sign goes into q.
         q = call.q if call.scale > 0 else call.q * _sign(call)
-        q, k, v = (F.pad(x.detach(), (0, width - x.shape[3])) for x in (q, call.k, call.v))
+        q, k, v = (_widened(x.detach(), self.width) for x in (q, call.k, call.v))
         scale = abs(call.scale) or 1.0
         return Operands(
             self.queries(q), self._keys(k), self._keys(v), scale, self.segments, self.variable, call.deterministic
@@ -236,6 +235,11 @@ class _Run:
         if self.variable is None:
             return x
         return _placed(x.T, self.variable.q_index, self.call.q.shape[:2]).transpose(1, 2)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    """``x`` with columns of zeros up to ``width``."""
+    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
 
 
 def _picked(x: Tensor, index: Tensor | None) -> Tensor:
