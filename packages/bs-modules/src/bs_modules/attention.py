@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from operator import index
 from typing import Any
 
@@ -255,11 +256,15 @@ class BlockSparseAttention(nn.Module):
             "deterministic": self.deterministic,
             "backend": self.backend,
         }
+        return self._computed(q, k, v, partial(block_sparse_attention, layout=layout, **arguments))
+
+    def _computed(self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Any]) -> Any:
+        """What `attend` returns for these operands, computed in half precision where that is asked for."""
         if not self.mixed_precision:
-            return block_sparse_attention(q, k, v, layout, **arguments)
+            return attend(q, k, v)
         with ExitStack() as leases:
             q_half, k_half, v_half = (self._half(x, leases) for x in (q, k, v))
-            result = block_sparse_attention(q_half, k_half, v_half, layout, **arguments)
+            result = attend(q_half, k_half, v_half)
         return (result[0].to(q.dtype), result[1]) if isinstance(result, tuple) else result.to(q.dtype)
 
     def _half(self, x: Tensor, leases: ExitStack) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -245,27 +244,22 @@ class DilatedAttention(BlockSparseAttention):
         self._check_inputs(q, k, v)
         self._last_call = (q.shape[1], bool(is_causal))
         plan = self._known_plan(q, k, bool(is_causal))
-        with ExitStack() as leases:
-            halves = [self._half(x, leases) for x in (q, k, v)] if self.mixed_precision else [q, k, v]
-            arguments: dict[str, Any] = {
-                "causal": bool(is_causal),
-                "combine": self.combine,
-                "key_padding_mask": key_padding_mask,
-                "segment_ids": segment_ids,
-                "attn_bias": attn_bias,
-                "dropout_p": self.dropout if self.training else 0.0,
-                "segment_layout": plan.question.layout,
-                "scale": self.scale,
-                "return_lse": return_lse,
-                "deterministic": self.deterministic,
-                "backend": self.backend,
-                "plan": plan,
-            }
-            q_in, k_in, v_in = halves
-            result = dilated_attention(q_in, k_in, v_in, self.segment_lengths, self.dilation_rates, **arguments)
-        if not self.mixed_precision:
-            return result
-        return (result[0].to(q.dtype), result[1]) if isinstance(result, tuple) else result.to(q.dtype)
+        arguments: dict[str, Any] = {
+            "causal": bool(is_causal),
+            "combine": self.combine,
+            "key_padding_mask": key_padding_mask,
+            "segment_ids": segment_ids,
+            "attn_bias": attn_bias,
+            "dropout_p": self.dropout if self.training else 0.0,
+            "segment_layout": plan.question.layout,
+            "scale": self.scale,
+            "return_lse": return_lse,
+            "deterministic": self.deterministic,
+            "backend": self.backend,
+            "plan": plan,
+        }
+        branches = {"segment_lengths": self.segment_lengths, "dilation_rates": self.dilation_rates}
+        return self._computed(q, k, v, partial(dilated_attention, **branches, **arguments))
 
     def _known_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> DilatedPlan:
         lengths, heads = (q.shape[1], k.shape[1]), q.shape[2]
