@@ -76,6 +76,7 @@ def test_any_call_over_any_mesh_is_the_whole_call(ranks, data, case, mesh, numbe
 def on_a_mesh(rank, world):
     module = Distributed(sparse_config=CONFIG, group=init_device_mesh("cpu", (2, 2)))
     assert (module.world_size, module.rank) == (4, rank)
+    assert module.group.ndim == 2
     result = one_step(module, [module.shard(x, True) for x in whole_tensors()], is_causal=True)
     x = torch.zeros(1, 51, 3, 8)
     with pytest.raises(ValueError, match="q: expected a multiple of 2 heads, shared by 2 ranks, got 3"):

@@ -24,8 +24,9 @@ from .dilated import DilatedAttention
 
 def check_spreads(module: Any, segment_ids: Any) -> None:
     """Refuses an attention that is more than one softmax over a layout of blocks, and what that attention refuses."""
-    if isinstance(module.attention, BlockSparseAdaptive) and segment_ids is not None:
-        raise ValueError("segment_ids: expected None for a live gate over several ranks, which pools whole blocks")
+    gate = module.attention if isinstance(module.attention, BlockSparseAdaptive) else None
+    if gate is not None and gate.cache and not gate.training and segment_ids is not None:
+        raise ValueError("segment_ids: expected None with cache=True, which would reuse the picks of other documents")
     if isinstance(module.attention, DilatedAttention):
         if module.distributed_config.placement != "contiguous":
             raise ValueError(
@@ -64,6 +65,8 @@ def over_ring(
     gate = module.attention if isinstance(module.attention, BlockSparseAdaptive) else None
     session = session_of(dist.group.WORLD if module._group is None else module._group, config.hop_timeout, x.q.device)
     found = session.agree(*x.words(is_causal, dropout, gate, None if told is None else told.seeds, is_new))
+    if gate is not None and is_new:
+        share_parameters(gate, session)
     lengths = np.stack((found["query tokens"], found["key tokens"]))
     if x.q.shape[0] == 0 or lengths.sum(1).min() == 0:
         return nothing(x.q, x.k, x.v)
@@ -82,15 +85,17 @@ def over_ring(
     places = module._placements.of(config.placement, layout, session.world_size, lengths)
     bias = four_dims(x.bias, x.q, totals[1])
     pick = None
+    kv_segments = None if x.kv_segments is None else session.whole(x.kv_segments, places[1])
     if gate is None:
         plan = session.plan(layout, places, x.k.shape[2])
     else:
         with reported(session):
-            if is_new:
-                share_parameters(gate, session)
             share_heads = None if told is None else told.session
             seed = int(found["gate seed"][0])
-            pick, plan = pick_or_cached(gate, session, x, places, is_causal, seed, heads, share_heads)
+            documents = None
+            if x.q_segments is not None and kv_segments is not None:
+                documents = session.whole(x.q_segments, places[0]), kv_segments
+            pick, plan = pick_or_cached(gate, session, x, places, is_causal, seed, heads, share_heads, documents)
     module._last_plan = plan
     common: dict[str, Any] = {
         "session": session,
@@ -100,7 +105,7 @@ def over_ring(
         ),
         "key_padding": None if x.key_padding is None else session.whole(x.key_padding, places[1]),
         "q_segments": x.q_segments,
-        "kv_segments": None if x.kv_segments is None else session.whole(x.kv_segments, places[1]),
+        "kv_segments": kv_segments,
         "scale": module.scale,
         "dropout_p": dropout,
         "dropout_seed": int(found["dropout seed"][0]) if dropout else None,
@@ -147,10 +152,10 @@ def _over_heads(
     if x.bias is not None and by_query:
         x = replace(x, bias=x.bias.expand(-1, -1, x.q.shape[1], -1))
     queries, keys = found["query tokens"].tolist(), found["key tokens"].tolist()
-    if x.q.shape[0] == 0:
-        return nothing(x.q, x.k, x.v)
     if gate is not None and is_new:
         share_parameters(gate, session)
+    if x.q.shape[0] == 0:
+        return nothing(x.q, x.k, x.v)
     roll_call = session.roll_call
 
     def together(tokens: Tensor | None, lengths: list[int]) -> Tensor | None:

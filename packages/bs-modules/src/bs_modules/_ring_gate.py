@@ -89,12 +89,13 @@ def pick_or_cached(
     seed: int,
     heads: tuple[int, int],
     share_heads: RingSession | None,
+    segment_ids: tuple[Tensor, Tensor] | None,
 ) -> tuple[Pick, ExchangePlan]:
     """The pick of a call and its exchange plan; kept where the gate caches. Arguments as of `pick_over_ring`."""
 
     def made() -> tuple[Pick, ExchangePlan]:
         pick = pick_over_ring(
-            gate, session, x, places, is_causal, seed if gate.training else None, heads, share_heads
+            gate, session, x, places, is_causal, seed if gate.training else None, heads, share_heads, segment_ids
         )  # fmt: skip
         kv_heads = x.k.shape[0] * x.k.shape[2]
         return pick, in_turn(ExchangePlan.build(pick.layout, session.world_size, places, kv_heads))

@@ -24,6 +24,7 @@ def mass_over_ring(
     blocks: tuple[Any, Any],
     rows: Tensor,
     is_causal: bool,
+    labels: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As `block_mass`, of keys that are spread over ranks: every query's largest score and sum are agreed on first.
 
@@ -35,6 +36,7 @@ def mass_over_ring(
         blocks: Where (query, key) blocks live.
         rows: int64[R], the drawn query blocks, the same on every rank.
         is_causal: As in ``forward``.
+        labels: int64[B, N] of all queries and own keys; a query sees the keys of its own label only. None: all.
 
     Returns:
         ``[B, H, R, KB]``, the same on every rank.
@@ -56,20 +58,21 @@ def mass_over_ring(
 
     keys = k.transpose(1, 2).float().repeat_interleave(q.shape[2] // k.shape[2], dim=1)
     scores = queries @ keys.transpose(-1, -2) * scale
-    lowest = torch.finfo(scores.dtype).min
+    visible = torch.ones(1, 1, len(token), k.shape[1], dtype=torch.bool, device=k.device)
     if is_causal:
-        starts = torch.from_numpy(k_blocks.own * k_blocks.size).to(k.device)
-        position = (starts[:, None] + torch.arange(k_blocks.size, device=k.device)).flatten()[: k.shape[1]]
-        visible = position <= (token + k_blocks.tokens - q_blocks.tokens)[:, None]
-        scores = scores.masked_fill(~visible, lowest)
+        visible = k_blocks.positions(k.device) <= (token + k_blocks.tokens - q_blocks.tokens)[:, None]
     if key_padding is not None:
-        scores = scores.masked_fill(~key_padding[:, None, None], lowest)
+        visible = visible & key_padding[:, None, None]
+    if labels is not None:
+        visible = visible & (labels[0][:, None, token, None] == labels[1][:, None, None])
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(~visible, lowest)
     top = scores.amax(-1) if k.shape[1] else scores.new_full(scores.shape[:3], lowest)
     top = _everyone(roll_call, top).amax(0)
     weights = (scores - top[..., None]).exp()
     total = _everyone(roll_call, weights.sum(-1)).sum(0)
     width = k_blocks.size
-    mass = F.pad(weights / total[..., None], (0, len(k_blocks.own) * width - k.shape[1]))
+    mass = F.pad(weights * visible / total[..., None], (0, len(k_blocks.own) * width - k.shape[1]))
     mass = mass.unflatten(-1, (len(k_blocks.own), width)).sum(-1)
     mass = (mass * inside[:, None]).unflatten(2, (-1, size)).sum(3)
     mass = mass / inside.view(-1, size).sum(-1)[:, None].clamp(min=1)

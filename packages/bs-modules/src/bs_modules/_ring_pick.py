@@ -9,6 +9,7 @@ dim, QB and KB query and key blocks of the whole sequence, R own query blocks, P
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,10 @@ from bs_patterns import BlockLayout
 from ._gate_losses import distillation_loss
 from ._gate_noise import draw_rows
 from ._gate_room import Room
-from ._gate_scorer import pool_blocks
 from ._gate_select import logits_of
-from ._ring_gather import Exchange, Gather
 from ._ring_mass import mass_over_ring
 from ._ring_operands import Operands
+from ._ring_pool import Blocks, of_all_heads, pool_keys, pool_own_queries
 from ._ring_session import RingSession
 from .adaptive import BlockSparseAdaptive, _dead_blocks
 
@@ -47,44 +47,6 @@ class Pick:
     layout: BlockLayout
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Where the blocks of one side of a call live.
-
-    Attributes:
-        size: Tokens per block.
-        tokens: N.
-        by_rank: int64 per rank: its blocks, ascending.
-        rank: This one.
-    """
-
-    size: int
-    tokens: int
-    by_rank: list[np.ndarray]
-    rank: int
-
-    @classmethod
-    def of(cls, place: Placement, size: int, rank: int) -> Blocks:
-        """Those of a placement, which is cut at multiples of ``size``."""
-        place.check_aligned(size)
-        return cls(size, place.seq_len, [place.blocks(r, block_size=size) for r in range(place.world_size)], rank)
-
-    @property
-    def own(self) -> np.ndarray:
-        """This rank's blocks."""
-        return self.by_rank[self.rank]
-
-    @property
-    def counts(self) -> list[int]:
-        """Blocks by rank."""
-        return [len(blocks) for blocks in self.by_rank]
-
-    def in_order(self, x: Tensor) -> Tensor:
-        """Rows of all ranks, in rank order, put into the order of the sequence."""
-        order = np.argsort(np.concatenate(self.by_rank))
-        return x if (np.diff(order) == 1).all() else x[torch.from_numpy(order).to(x.device)]
-
-
 def pick_over_ring(
     gate: BlockSparseAdaptive,
     session: RingSession,
@@ -94,6 +56,7 @@ def pick_over_ring(
     seed: int | None,
     heads: tuple[int, int],
     share_heads: RingSession | None,
+    segment_ids: tuple[Tensor, Tensor] | None,
 ) -> Pick:
     """What the gate picks for the own queries, and what all ranks picked.
 
@@ -106,6 +69,7 @@ def pick_over_ring(
         seed: Of the noise; None: there is none.
         heads: Which of how many equal shares of heads these are.
         share_heads: Of the group whose ranks hold the other shares; None: there is one share.
+        segment_ids: Of all (queries, keys); or None.
     """
     q, k = x.given
     q_blocks, k_blocks = (
@@ -114,24 +78,33 @@ def pick_over_ring(
     lengths = (q_blocks.tokens, k_blocks.tokens)
     whole = gate._room(lengths, is_causal, q.device, q.shape[2] * heads[1])
     own = torch.from_numpy(q_blocks.own).to(q.device)
-    room = _rows_of(whole, own)
-    queries = _all_heads(gate, _queries(gate, session, q, q_blocks, is_causal), share_heads)
-    keys = _all_heads(gate, _keys(gate, session, k, x.key_padding, k_blocks), share_heads)
-    pooled = (queries, keys)
     dead = None
     if x.key_padding is not None:
         dead = x.key_padding.new_zeros((x.key_padding.shape[0], 0))
         if k.shape[1]:
             dead = _dead_blocks(x.key_padding, k_blocks.size)
         dead = k_blocks.in_order(torch.cat(session.roll_call.tensors(dead.t(), k_blocks.counts))).t()
+    real_q, real_k, labels = None, x.key_padding, None
+    if segment_ids is not None:
+        from ._gate_documents import read_documents
+
+        blocks = gate.sparse_config.blocks
+        packed = read_documents(segment_ids, (q.shape[0], *lengths), blocks, is_causal, whole, dead)
+        whole, real_q, at = packed.room, packed.query_tokens, k_blocks.positions(k.device)
+        real_k = packed.key_tokens[:, at] if real_k is None else packed.key_tokens[:, at] & real_k
+        labels = packed.labels[0], packed.labels[1][:, at]
+    room = _rows_of(whole, own)
+    queries = of_all_heads(gate, pool_own_queries(gate, session, q, q_blocks, is_causal, real_q), share_heads)
+    keys = of_all_heads(gate, pool_keys(gate, session, k, k_blocks, real_k), share_heads)
+    pooled, rows_in_all = (queries, keys), whole.readable.shape[-2]
     if seed is not None and gate.sparse_config.distill_rows and torch.is_grad_enabled():
-        rows = draw_rows(seed, whole.readable.shape[1], gate.sparse_config.distill_rows, q.device)
-        mass = mass_over_ring(gate, session, (q, k), x.key_padding, (q_blocks, k_blocks), rows, is_causal)
+        rows = draw_rows(seed, rows_in_all, gate.sparse_config.distill_rows, q.device)
+        mass = mass_over_ring(gate, session, (q, k), x.key_padding, (q_blocks, k_blocks), rows, is_causal, labels)
         mass = _gathered_heads(mass, share_heads)
         share = _distilled(gate, pooled, room, own, rows, mass)
         gate.gate_losses["distillation"] = share / heads[1]
     if len(own):
-        made = gate._choose(pooled, room, (q.shape[1], lengths[1]), False, dead, seed, own, whole.readable.shape[1])
+        made = gate._choose(pooled, room, (q.shape[1], lengths[1]), False, dead, seed, own, rows_in_all)
         indices, counts, bias = made.layout.indices, made.layout.counts, made.bias
         if made.expected_density is not None and seed is not None:
             gate.gate_losses["sparsity"] = made.expected_density / heads[1]
@@ -154,65 +127,11 @@ def anywhere(blocks: tuple[int, int], lengths: tuple[int, int], is_causal: bool)
 
 
 def _rows_of(room: Room, rows: Tensor) -> Room:
-    cut = {name: getattr(room, name)[:, rows] for name in ("readable", "kept", "budget", "least", "most")}
+    cut: dict[str, Any] = {name: getattr(room, name)[..., rows, :] for name in ("readable", "kept")}
+    cut |= {name: getattr(room, name)[..., rows] for name in ("budget", "least", "most")}
+    if (unread := getattr(room, "unread", None)) is not None:
+        cut["unread"] = unread[..., rows, :]
     return replace(room, **cut, distance=room.distance[rows])
-
-
-def _keys(gate: BlockSparseAdaptive, session: RingSession, k: Tensor, padding: Tensor | None, blocks: Blocks) -> Tensor:
-    """``[B, G, KB, P, D]``: every rank's pooled keys."""
-    parts = gate.scorer._parts
-    if k.shape[1]:
-        pooled = pool_blocks(k, blocks.size, padding, parts)
-    else:
-        pooled = k.transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, parts, -1)
-    everyone = Gather.apply(_wide(pooled).permute(2, 0, 1, 3, 4), session.roll_call, blocks.counts)
-    return blocks.in_order(everyone).permute(1, 2, 0, 3, 4)  # pyright: ignore[reportArgumentType]
-
-
-def _queries(gate: BlockSparseAdaptive, session: RingSession, q: Tensor, blocks: Blocks, is_causal: bool) -> Tensor:
-    """``[B, H, R, P, D]``: pooled queries of the own rows."""
-    size, parts = blocks.size, min(gate.scorer._parts, 2)
-    if size == 1:
-        return _wide(q.transpose(1, 2)[:, :, :, None])
-    nothing = q[:, :0].transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, parts, -1)
-    if not is_causal:
-        return _wide(pool_blocks(q, size, None, parts) if q.shape[1] else nothing)
-    # A row's summary ends with its first query, so all but that one are the tail of the block before, which another
-    # rank may have.
-    last = -(-blocks.tokens // size) - 1
-    owner = np.empty(last + 1, np.int64)
-    for rank, theirs in enumerate(blocks.by_rank):
-        owner[theirs] = rank
-    has_next = blocks.own[blocks.own < last]
-    full = q[:, : len(has_next) * size].unflatten(1, (len(has_next), size))
-    go = [torch.from_numpy(np.flatnonzero(owner[has_next + 1] == r)).to(q.device) for r in range(len(blocks.by_rank))]
-    come = [theirs[(theirs < last)] + 1 for theirs in blocks.by_rank]
-    come = [rows[owner[rows] == blocks.rank] for rows in come]
-    tails = Exchange.apply(full[:, :, 1:].transpose(0, 1), session.roll_call, go, [len(rows) for rows in come])
-    order = torch.from_numpy(np.argsort(np.concatenate(come))).to(q.device)
-    firsts = q[:, ::size]
-    starts = len(blocks.own) > 0 and blocks.own[0] == 0  # nothing comes before the first row's query
-    made = [firsts[:, :1].transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, parts, -1)] if starts else []
-    if len(order):
-        windows = torch.cat((tails[order].transpose(0, 1), firsts[:, int(starts) :, None]), 2)  # pyright: ignore[reportOptionalSubscript]
-        made.append(pool_blocks(windows.flatten(1, 2), size, None, parts))
-    else:  # all the same part of the graph, since its backward is for all ranks
-        made.append(nothing + tails.sum())  # pyright: ignore[reportOptionalMemberAccess]
-    return _wide(torch.cat(made, 2))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _all_heads(gate: BlockSparseAdaptive, pooled: Tensor, share_heads: RingSession | None) -> Tensor:
-    """Pooled blocks of all heads, or of their mean."""
-    if share_heads is not None:
-        roll_call = share_heads.roll_call
-        counts = [pooled.shape[1]] * roll_call.world_size
-        joined = Gather.apply(pooled.transpose(0, 1), roll_call, counts)
-        pooled = joined.transpose(0, 1)  # pyright: ignore[reportOptionalMemberAccess]
-    return pooled.mean(1, keepdim=True) if gate.scorer.share_across_heads else pooled
 
 
 def _gathered_heads(x: Tensor, share_heads: RingSession | None) -> Tensor:
@@ -251,7 +170,7 @@ def _distilled(
     scores = gate.scorer.score(pooled[0][:, :, at], pooled[1], room.distance[at])
     if not len(at):
         return scores.sum()
-    return distillation_loss(scores, mass[:, :, mine], room.readable[:, at]) * (len(at) / len(rows))
+    return distillation_loss(scores, mass[:, :, mine], room.readable[..., at, :]) * (len(at) / len(rows))
 
 
 def _remember(gate: BlockSparseAdaptive, told: Tensor, room: Room, lengths: tuple[int, int], is_causal: bool) -> None:

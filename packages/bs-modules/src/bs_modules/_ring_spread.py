@@ -23,7 +23,7 @@ from .distributed_config import DistributedSparseConfig
 
 
 class SpreadAttention(BlockSparseAttention):
-    """An attention over tokens that ranks share. Subclasses compute it.
+    """An attention over tokens that ranks share: who they are, and where the tokens live. A subclass computes it.
 
     Attributes:
         attention: What it computes.
@@ -39,8 +39,8 @@ class SpreadAttention(BlockSparseAttention):
 
     @property
     def group(self) -> Any:
-        """The process group given, or `None` for the default group."""
-        return self._group
+        """The process group or two-dimensional mesh in use, or `None` for the default group."""
+        return self._group if self._mesh is None else self._mesh
 
     @group.setter
     def group(self, group: Any) -> None:

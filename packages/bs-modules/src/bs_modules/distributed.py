@@ -180,8 +180,8 @@ class BlockSparseRingDistributedDilatedAttention(SpreadAttention):
     ) -> bool:
         """Every `pattern_update_interval` steps, replaces the attention inside by what a gate picks now.
 
-        A gate reads whole sequences, which no rank has, so over several ranks its layout is fixed between updates. Call
-        this on every rank with the same gate and samples; `rebalance` may follow.
+        For a layout, and so an exchange, that stays between updates; a live gate needs no such call. Call this on every
+        rank with the same gate and samples; `rebalance` may follow.
 
         Args:
             step: Training steps taken.
