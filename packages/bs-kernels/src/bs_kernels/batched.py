@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._plan_arrays import stable_argsort
 from .token_mask import TokenMask
 
 __all__ = ["BatchedLayout", "batched_lists"]
@@ -119,22 +120,23 @@ def batched_lists(
     batch, heads, q_blocks, kv_blocks = layout.shape
     slots, rows, cols = layout.indices.shape[3], batch * heads * q_blocks, batch * heads * kv_blocks
     device = layout.device
-    index = layout.indices.to(torch.int64)
     keep = torch.arange(slots, device=device) < layout.counts[..., None]
-    keep = keep & (index >= 0) & (index < kv_blocks)
-    index = index.clamp(0, kv_blocks - 1)
+    keep = keep & (layout.indices >= 0) & (layout.indices < kv_blocks)
+    index = layout.indices.clamp(0, kv_blocks - 1).to(torch.int32)
     lo, hi = token_mask.band
-    keep = keep & (kv_first[index] - q_last[:, None] <= hi) & (kv_last[index] - q_first[:, None] >= lo)
+    keep = keep & (_at(kv_first, index) - q_last[:, None] <= hi) & (_at(kv_last, index) - q_first[:, None] >= lo)
 
     index, within = torch.where(keep, index, kv_blocks).sort(dim=-1, stable=True)
     keep, index = index < kv_blocks, index.clamp(max=kv_blocks - 1)
-    partial = (kv_first[index] - q_last[:, None] < lo) | (kv_last[index] - q_first[:, None] > hi)
+    partial = (_at(kv_first, index) - q_last[:, None] < lo) | (_at(kv_last, index) - q_first[:, None] > hi)
     counts = keep.sum(-1)
     begin = torch.arange(rows, device=device) * slots
 
     head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
     column = torch.where(keep, head * kv_blocks + index, cols).flatten()
-    column, t_slots = column.sort(stable=True)
+    t_slots = _stable_order(column, cols + 1)
+    column = _at(column, t_slots)
+    row = torch.arange(q_blocks, device=device)[:, None].expand(batch, heads, q_blocks, slots).reshape(-1)
     edges = torch.arange(cols, device=device)
     col_begin, col_end = torch.searchsorted(column, edges), torch.searchsorted(column, edges, right=True)
     lists = {
@@ -144,11 +146,23 @@ def batched_lists(
         "entries": (begin[:, None] + within.view(rows, slots)).flatten(),
         "col_begin": col_begin.view(batch, heads, kv_blocks),
         "col_end": col_end.view(batch, heads, kv_blocks),
-        "t_rows": (t_slots // max(slots, 1)) % max(q_blocks, 1),
+        "t_rows": _at(row, t_slots),
         "t_slots": t_slots,
-        "row_order": counts.flatten().sort(descending=True, stable=True).indices,
-        "col_order": (col_end - col_begin).sort(descending=True, stable=True).indices,
+        "row_order": _stable_order(slots - counts.flatten(), slots + 1),
+        "col_order": _stable_order(q_blocks - (col_end - col_begin), q_blocks + 1),
     }
     return {name: t.to(torch.int32).contiguous() for name, t in lists.items()} | {
         "partial": (partial & keep).to(torch.uint8).flatten()
     }
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]`` for one-dimensional values, several times faster on a CPU than indexing."""
+    return values.index_select(0, index.flatten()).view(index.shape)
+
+
+def _stable_order(keys: Tensor, bound: int) -> Tensor:
+    """int64; stable order of integers in ``[0, bound)``, on a CPU by radix: several times faster than torch's sort."""
+    if keys.device.type != "cpu" or torch.compiler.is_compiling():
+        return keys.sort(stable=True).indices
+    return torch.from_numpy(stable_argsort(keys.numpy(), bound))
