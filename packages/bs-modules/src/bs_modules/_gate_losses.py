@@ -40,6 +40,7 @@ def block_mass(
     causal: bool,
     scale: float,
     key_padding_mask: Tensor | None = None,
+    labels: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The true attention mass of every key block, for some query blocks: what a scorer should rank by.
 
@@ -51,9 +52,11 @@ def block_mass(
         causal: Whether keys after the query are masked.
         scale: Multiplies q · k.
         key_padding_mask: bool `[B, Sk]`, True = a real token.
+        labels: int64 `[B, Sq]` and `[B, Sk]`; a query sees the keys of its own label only.
 
     Returns:
-        `[B, H, R, KB]`, each row's softmax over all visible keys summed per block, mean over the block's queries.
+        `[B, H, R, KB]`, each row's softmax over all visible keys summed per block, mean over the block's queries; 0 for
+        queries that see none.
     """
     size, width = blocks
     token = (rows[:, None] * size + torch.arange(size, device=rows.device)).flatten()
@@ -62,11 +65,14 @@ def block_mass(
     queries = q[:, token].transpose(1, 2).float()
     keys = k.transpose(1, 2).float().repeat_interleave(q.shape[2] // k.shape[2], dim=1)
     scores = queries @ keys.transpose(-1, -2) * scale
+    visible = torch.ones(1, 1, len(token), k.shape[1], dtype=torch.bool, device=k.device)
     if causal:
         visible = torch.arange(k.shape[1], device=k.device) <= (token + k.shape[1] - q.shape[1])[:, None]
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     if key_padding_mask is not None:
-        scores = scores.masked_fill(~key_padding_mask[:, None, None], torch.finfo(scores.dtype).min)
-    mass = F.pad(scores.softmax(-1), (0, -k.shape[1] % width)).unflatten(-1, (-1, width)).sum(-1)
+        visible = visible & key_padding_mask[:, None, None]
+    if labels is not None:
+        visible = visible & (labels[0][:, None, token, None] == labels[1][:, None, None])
+    mass = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
+    mass = F.pad(mass, (0, -k.shape[1] % width)).unflatten(-1, (-1, width)).sum(-1)
     mass = (mass * inside[:, None]).unflatten(2, (-1, size))
     return mass.sum(3) / inside.view(-1, size).sum(-1)[:, None].clamp(min=1)

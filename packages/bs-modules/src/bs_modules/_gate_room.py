@@ -34,6 +34,8 @@ class Room:
         slots: The largest of `most`.
         allowed: Allowed blocks per head.
         met: Sum of the budgets over heads and rows / (H · allowed).
+        unread: bool[B, H, QB, KB]; of packed documents only: selected before the readable ones, nearest first. The
+            room is then that of one batch: all but `kept` and `distance` have a batch dimension.
     """
 
     readable: Tensor
@@ -45,6 +47,7 @@ class Room:
     slots: int
     allowed: int
     met: float
+    unread: Tensor | None = None
 
 
 def make_room(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,13 @@ from bs_patterns import BlockLayout, LocalWindow
 from ._adaptive_config import AdaptiveConfig
 from ._checks import check_flag, check_int
 from ._frozen import Calibration, RecordedLayouts
+from ._gate_documents import Documents, read_documents
 from ._gate_losses import block_mass, distillation_loss
 from ._gate_noise import draw_rows, draw_seed
 from ._gate_room import Room, make_room
 from ._gate_scorer import ImportanceScorer
 from ._gate_select import Selection, logits_of, noisy, select_blocks
+from ._options import AttentionOptions, one_config, with_options_of
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import CheckedConfig, SparsePatternConfig
 
@@ -82,6 +84,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
     sparse_config: Any
     _config_type = AdaptiveConfig
 
+    @with_options_of(BlockSparseAttention.__init__)
     def __init__(
         self,
         segment_lengths: Sequence[int] | None = None,
@@ -91,47 +94,21 @@ class BlockSparseAdaptive(BlockSparseAttention):
         adaptive_config: AdaptiveConfig | Mapping[str, Any] | None = None,
         candidates: Any = None,
         cache: bool = False,
-        num_heads: int | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        dropout: float = 0.0,
-        scale: float | None = None,
-        mixed_precision: bool = False,
-        use_memory_pool: bool = False,
-        order: str = "auto",
-        backend: str = "auto",
-        deterministic: bool = True,
+        **options: Unpack[AttentionOptions],
     ) -> None:
-        if sparse_config is not None and adaptive_config is not None:
-            raise ValueError("adaptive_config: given beside sparse_config, which is the same; give one of the two")
-        if adaptive_config is not None:
-            sparse_config = AdaptiveConfig.of("adaptive_config", adaptive_config)
-        if order not in ("auto", "longest_first"):
+        if (order := options.get("order", "auto")) not in ("auto", "longest_first"):
             raise ValueError(
                 f"order: expected 'auto' or 'longest_first' for blocks picked on the device, got {order!r}"
             )
-        super().__init__(
-            segment_lengths,
-            dilation_rates,
-            sparse_config,  # pyright: ignore[reportArgumentType]
-            device=device,
-            dtype=dtype,
-            num_heads=num_heads,
-            dropout=dropout,
-            scale=scale,
-            mixed_precision=mixed_precision,
-            use_memory_pool=use_memory_pool,
-            order=order,
-            backend=backend,
-            deterministic=deterministic,
-        )
+        config = one_config(AdaptiveConfig, "adaptive_config", adaptive_config, sparse_config)
+        super().__init__(segment_lengths, dilation_rates, config, **options)
         self.candidates = _check_candidates(candidates)
         self.cache = check_flag("cache", cache)
-        config = self.sparse_config
+        config, device = self.sparse_config, options.get("device")
         self.scorer = ImportanceScorer(
-            num_heads,
+            self.num_heads,
             None if head_dim is None else check_int("head_dim", head_dim),
             num_kv_heads=None if num_kv_heads is None else check_int("num_kv_heads", num_kv_heads),
             hidden_dim=config.hidden_dim,
@@ -140,9 +117,9 @@ class BlockSparseAdaptive(BlockSparseAttention):
             pooling=config.pooling,
             query_block_size=config.blocks[0],
             density=config.density if config.learn_density else None,
-            scale=scale,
+            scale=self.scale,
             device=device,
-            dtype=dtype,
+            dtype=options.get("dtype"),
         )
         log_temperature = torch.tensor(math.log(config.temperature), device=device, dtype=torch.float32)
         self.log_temperature: Tensor
@@ -164,7 +141,13 @@ class BlockSparseAdaptive(BlockSparseAttention):
             self.log_temperature.fill_(math.log(temperature))
 
     def select(
-        self, q: Tensor, k: Tensor, is_causal: bool = False, *, key_padding_mask: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        is_causal: bool = False,
+        *,
+        key_padding_mask: Tensor | None = None,
+        segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Selection:
         """Picks the blocks of a batch, with noise in training mode.
 
@@ -174,19 +157,26 @@ class BlockSparseAdaptive(BlockSparseAttention):
             is_causal: As in `forward`.
             key_padding_mask: `bool[B, Sk]`, True = a real token. Other tokens are not pooled, and blocks without a
                 real one are taken last.
+            segment_ids: `int[B, S]`, or a (query, key) pair, of packed documents. Only blocks that share a document are
+                picked, at most as many as the budget, and the tokens of one document do not change what another one
+                sees of the picks.
 
         Returns:
             The layout of every batch element, and the `block_bias` that goes with it.
         """
         config, lengths = self.sparse_config, (q.shape[1], k.shape[1])
         room = self._room(lengths, bool(is_causal), q.device, q.shape[2])
-        pooled = self.scorer.pool(q, k, config.block_size, bool(is_causal), key_padding_mask)
         dead = None if key_padding_mask is None else _dead_blocks(key_padding_mask, config.block_size)
+        packed = None
+        if segment_ids is not None:
+            packed = read_documents(segment_ids, (q.shape[0], *lengths), config.blocks, bool(is_causal), room, dead)
+            room = packed.room
+        pooled = self.scorer.pool(q, k, config.block_size, bool(is_causal), key_padding_mask, packed)
         seed = draw_seed(q.device) if self.training else None
         if seed is not None and config.distill_rows and torch.is_grad_enabled():
             rows = draw_rows(seed, pooled[0].shape[2], config.distill_rows, q.device)
             self.gate_losses["distillation"] = self._distill(
-                q, k, pooled, room, rows, bool(is_causal), key_padding_mask
+                q, k, pooled, room, rows, bool(is_causal), key_padding_mask, packed
             )
         made = self._choose(pooled, room, lengths, bool(is_causal), dead, seed)
         if made.expected_density is not None and self.training:
@@ -233,26 +223,27 @@ class BlockSparseAdaptive(BlockSparseAttention):
         rows: Tensor,
         is_causal: bool,
         key_padding_mask: Tensor | None,
+        packed: Documents | None,
     ) -> Tensor:
         """The distillation loss of some query blocks. It teaches the scorer, and queries and keys to be found by it."""
         config, (queries, keys) = self.sparse_config, pooled
         with torch.no_grad():
             scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-            mass = block_mass(q, k, rows, config.blocks, is_causal, scale, key_padding_mask)
+            labels = None if packed is None else packed.labels
+            mass = block_mass(q, k, rows, config.blocks, is_causal, scale, key_padding_mask, labels)
         scores = self.scorer.score(queries[:, :, rows], keys, room.distance[rows])
-        return distillation_loss(scores, mass, room.readable[:, rows])
+        return distillation_loss(scores, mass, room.readable[..., rows, :])
 
     def _layout_and_bias(
         self, q: Tensor, k: Tensor, is_causal: bool, key_padding_mask: Tensor | None, segment_ids: Any
     ) -> tuple[Any, Tensor | None]:
+        if not (self.cache and not self.training):
+            made = self.select(q, k, is_causal, key_padding_mask=key_padding_mask, segment_ids=segment_ids)
+            return made.layout, made.bias
         if segment_ids is not None:
             raise ValueError(
-                "segment_ids: expected None, since the gate pools whole blocks and would let documents that share one "
-                "steer each other; give each document its own sequence, with key_padding_mask"
+                "segment_ids: expected None with cache=True, which would reuse the picks of other documents"
             )
-        if not (self.cache and not self.training):
-            made = self.select(q, k, is_causal, key_padding_mask=key_padding_mask)
-            return made.layout, made.bias
         key = (tuple(q.shape), tuple(k.shape), is_causal, q.device, self._fingerprint())
         if key not in self._selections:
             with torch.no_grad():

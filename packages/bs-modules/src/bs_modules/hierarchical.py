@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
-
-import torch
+from typing import Any, Unpack, cast
 
 from bs_patterns import BlockLayout, Hierarchical, HierarchicalLevel, LongNetSegments
 
 from ._checks import check_density, check_flag
+from ._options import AttentionOptions, one_config, with_options_of
 from .attention import BlockSparseRingDilatedAttention
 from .config import DEFAULT_DENSITY, CheckedConfig
 
@@ -133,6 +132,7 @@ class BlockSparseHierarchical(BlockSparseRingDilatedAttention):
     sparse_config: Any
     _config_type = HierarchicalConfig
 
+    @with_options_of(BlockSparseRingDilatedAttention.__init__)
     def __init__(
         self,
         segment_lengths: Sequence[int] | None = None,
@@ -140,36 +140,10 @@ class BlockSparseHierarchical(BlockSparseRingDilatedAttention):
         sparse_config: HierarchicalConfig | Mapping[str, Any] | None = None,
         *,
         hierarchical_config: HierarchicalConfig | Mapping[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        num_heads: int | None = None,
-        dropout: float = 0.0,
-        scale: float | None = None,
-        mixed_precision: bool = False,
-        use_memory_pool: bool = False,
-        order: str = "auto",
-        backend: str = "auto",
-        deterministic: bool = True,
+        **options: Unpack[AttentionOptions],
     ) -> None:
-        if sparse_config is not None and hierarchical_config is not None:
-            raise ValueError("hierarchical_config: given beside sparse_config, which is the same; give one of the two")
-        if hierarchical_config is not None:
-            sparse_config = HierarchicalConfig.of("hierarchical_config", hierarchical_config)
-        super().__init__(
-            segment_lengths,
-            dilation_rates,
-            sparse_config,  # pyright: ignore[reportArgumentType]
-            device=device,
-            dtype=dtype,
-            num_heads=num_heads,
-            dropout=dropout,
-            scale=scale,
-            mixed_precision=mixed_precision,
-            use_memory_pool=use_memory_pool,
-            order=order,
-            backend=backend,
-            deterministic=deterministic,
-        )
+        config = one_config(HierarchicalConfig, "hierarchical_config", hierarchical_config, sparse_config)
+        super().__init__(segment_lengths, dilation_rates, config, **options)
 
 
 def _check_levels(name: str, value: Any) -> Any:

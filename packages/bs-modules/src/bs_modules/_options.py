@@ -1,0 +1,56 @@
+"""The arguments that attention modules have in common, written once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypedDict, TypeVar
+
+import torch
+
+from .config import CheckedConfig
+
+F = TypeVar("F", bound=Callable[..., None])
+C = TypeVar("C", bound=CheckedConfig)
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Keyword arguments of `BlockSparseRingDilatedAttention`, which says what they mean."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    num_heads: int | None
+    dropout: float
+    scale: float | None
+    mixed_precision: bool
+    use_memory_pool: bool
+    order: str
+    backend: str
+    deterministic: bool
+
+
+def with_options_of(base: Callable[..., Any]) -> Callable[[F], F]:
+    """Shows a constructor that passes `**options` on to `base` with all of the keyword arguments that it has."""
+    options = [p for p in inspect.signature(base).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+    def show(constructor: F) -> F:
+        signature = inspect.signature(constructor)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [p for p in options if p.name not in signature.parameters]
+        constructor.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportFunctionMemberAccess]
+        return constructor
+
+    return show
+
+
+def one_config(kind: type[C], name: str, given: Any, sparse_config: Any) -> Any:
+    """The config of a module that takes it as `sparse_config` or under a name of its own.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    if given is None:
+        return sparse_config
+    if sparse_config is not None:
+        raise ValueError(f"{name}: given beside sparse_config, which is the same; give one of the two")
+    return kind.of(name, given)
