@@ -1,13 +1,17 @@
 """A live gate over real processes: the picks, results and gradients of one process, at any world size."""
 
+import os
+import signal
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from bs_comm import RingMismatchError
+from bs_comm import RingMismatchError, RingPeerError
+from bs_comm.testing import RankPool
 from bs_modules import BlockSparseAdaptive, BlockSparseRingMultiheadDilatedAttention
 from bs_modules import BlockSparseRingDistributedDilatedAttention as Distributed
 from bs_modules.testing.rings import one_step, whole_tensors
@@ -271,6 +275,40 @@ def test_lazy_cached_calibrated_and_without_a_leak(ranks):
     gate = make(case)
     with torch.no_grad():
         torch.testing.assert_close(torch.cat([out for _, out, _ in results], 1), gate(q, k, v, is_causal=True))
+
+
+def dies_while_picking(rank, world):
+    """One rank dies between the pooled keys and the picks; the others raise, regroup, and redo the step."""
+    case = Case(dtype=torch.float32)
+    gate, (q, k, v, dout, *_) = make(case), tensors(case)
+    module = Distributed(attention=gate, distributed_config={"hop_timeout": 5.0})
+    dist.barrier()
+    if rank == 1:
+        gate.scorer.score = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RingPeerError) as caught:
+        one_step(module, [module.shard(x, True) for x in (q, k, v, dout)], is_causal=True)
+    assert caught.value.peer == 1
+    left = module.regroup(caught.value)
+    torch.manual_seed(4)
+    redone = one_step(module, [module.shard(x, True) for x in (q, k, v, dout)], is_causal=True)
+    return left.old_ranks, redone
+
+
+def fresh_step(rank, world):
+    case = Case(dtype=torch.float32)
+    module = Distributed(attention=make(case))
+    torch.manual_seed(4)
+    q, k, v, dout, *_ = tensors(case)
+    return one_step(module, [module.shard(x, True) for x in (q, k, v, dout)], is_causal=True)
+
+
+def test_a_rank_that_dies_while_it_picks(ranks):
+    with RankPool(3) as pool:
+        pool.start(dies_while_picking)
+        results = pool.collect(60, ranks=[0, 2])
+    for (old_ranks, redone), fresh in zip(results, ranks.run(fresh_step, world_size=2), strict=True):
+        assert old_ranks == (0, 2)
+        assert all(torch.equal(a, b) for a, b in zip(redone, fresh, strict=True))
 
 
 def projections(attention=None):
