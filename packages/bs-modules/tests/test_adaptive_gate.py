@@ -13,7 +13,7 @@ from bs_modules._gate_losses import block_mass, distillation_loss
 from bs_modules._gate_noise import random_words
 from bs_modules._gate_room import _fill, make_room
 from bs_modules._gate_scorer import ImportanceScorer, pool_blocks, pool_queries
-from bs_modules._gate_select import logits_of, noisy, select_blocks
+from bs_modules._gate_select import _best, logits_of, noisy, select_blocks
 from bs_patterns import BlockLayout, LocalWindow
 
 CPU = torch.device("cpu")
@@ -321,3 +321,29 @@ def test_distillation_is_zero_at_the_masses_and_has_the_right_gradient():
     assert torch.isfinite(gradient).all()
     assert (gradient[room.readable.expand_as(gradient)] != 0).any()
     assert (gradient[~room.readable.expand_as(gradient)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [-9.0, 0.0, 9.0])
+def test_extremes_read_from_bits_are_those_of_floats(dtype, shift):
+    x = torch.randn(2, 22, 3, 5, generator=torch.Generator().manual_seed(0)) + shift
+    x[0, :8] = torch.tensor([0.0, -0.0]).repeat(4)[:, None, None]
+    x[1, 3], x[1, 9] = float("inf"), -float("inf")
+    x = x.to(dtype)
+    slow = pool_blocks(x.clone().requires_grad_(), 4, None, 3).detach()
+    assert torch.equal(pool_blocks(x, 4, None, 3), slow)
+    tile = x[:, 4:8]
+    assert torch.equal(slow[:, :, 1, 1], tile.amax(1))
+    assert torch.equal(slow[:, :, 1, 2], tile.amin(1))
+
+
+@given(seed=st.integers(0, 2**31), columns=st.integers(1, 40), levels=st.sampled_from([2, 5, 10**6]))
+def test_the_best_are_found_and_ties_go_to_the_first(seed, columns, levels):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-levels, levels + 1, (3, 7, columns), generator=generator) / 3
+    values[torch.rand(values.shape, generator=generator) < 0.2] = -math.inf
+    values[torch.rand(values.shape, generator=generator) < 0.2] = math.inf
+    count = int(torch.randint(1, columns + 1, (), generator=generator))
+    wanted = values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    assert torch.equal(_best(values, count), wanted)
+    assert torch.equal(values.gather(-1, _best(values.double(), count)), values.gather(-1, wanted))
