@@ -11,87 +11,9 @@ the bits are the same every time.
 import triton
 import triton.language as tl
 
-from .tiles import gradient_tile, load_block, load_rows, load_step, pointer_at, rules_at, slots_of, tokens_of
+from .tiles import gradient_tile, keys_of, load_queries, load_step, pointer_at, queries_of, rules_at, slots_of
 
 __all__ = ["bias_kernel"]
-
-
-@triton.jit
-def _add_pairs(
-    out,
-    d_bias,
-    q_tile,
-    do_tile,
-    rows_lse,
-    rows_delta,
-    queries,
-    begin,
-    end,
-    k,
-    v,
-    k_pointer,
-    v_pointer,
-    pages,
-    batch,
-    kv_head,
-    lists,
-    geometry,
-    here,
-    rules,
-    sizes,
-    scale,
-    ACCUMULATE: tl.constexpr,
-    MASKED: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Add the gradients of the scores in the slots ``begin … end − 1`` to ``out``."""
-    for step in range(begin * T.TILES_N, end * T.TILES_N):
-        slot = step // T.TILES_N
-        first = (step % T.TILES_N) * T.TILE_N
-        block = tl.load(lists.blocks + slot)
-        k_local = tl.load(lists.starts + slot)
-        keys = tokens_of(
-            block,
-            k_local,
-            first,
-            geometry.kv_bounds,
-            geometry.kv_start,
-            rules.kv_segments,
-            batch.to(tl.int64) * sizes.kv_len,
-            T.TILE_N,
-            1,
-            T.BLOCK_N,
-            MASKED,
-        )
-        k_tile = load_step(k_pointer, k, None, keys, batch, kv_head, pages, T.D, T.D_PAD, MASKED, T)
-        v_tile = load_step(v_pointer, v, None, keys, batch, kv_head, pages, T.DV, T.DV_PAD, MASKED, T)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=T.PRECISION) * scale
-        entry = lists.entries + slot
-        _, found = gradient_tile(
-            scores,
-            do_tile,
-            v_tile,
-            rows_lse,
-            rows_delta,
-            queries,
-            keys,
-            entry,
-            here,
-            rules,
-            sizes,
-            MASKED,
-            False,
-            0,
-            T,
-        )
-        q_token, k_token = (queries.local + queries.at).to(tl.int64), (keys.local + keys.at).to(tl.int64)
-        pointers = out + q_token[:, None] * d_bias.query + k_token[None, :] * d_bias.key
-        inside = queries.inside[:, None] & keys.inside[None, :]
-        if ACCUMULATE:
-            found += tl.load(pointers, mask=inside, other=0.0)
-        tl.store(pointers, found, mask=inside)
-        if ACCUMULATE:
-            tl.debug_barrier()  # what other threads of this program have stored is seen when it is loaded again
 
 
 @triton.jit(do_not_specialize=["sizes", "batches", "heads"])
@@ -133,26 +55,10 @@ def bias_kernel(
         batch, head = out_batch * batches + turn // heads, out_head * heads + turn % heads
         kv_head = head // T.GROUP
         here = rules_at(rules, sizes, scales, batch, head)
-        queries = tokens_of(
-            i,
-            q_local,
-            first,
-            geometry.q_bounds,
-            geometry.q_start,
-            rules.q_segments,
-            batch.to(tl.int64) * sizes.q_len,
-            T.TILE_M,
-            1,
-            T.BLOCK_M,
-            True,
+        queries = queries_of(i, q_local, first, batch, geometry, rules, sizes, 1, True, T)
+        q_tile, do_tile, rows_lse, rows_delta = load_queries(
+            q, dout, lse, delta, queries, batch, head, sizes, q_heads, T
         )
-        start = q_local.to(tl.int64)
-        q_pointer = pointer_at(q, batch, head, None) + start * q.token
-        o_pointer = pointer_at(dout, batch, head, None) + start * dout.token
-        q_tile = load_block(q_pointer, q.token, queries.at, queries.inside, T.D, T.D_PAD, True, T)
-        do_tile = load_block(o_pointer, dout.token, queries.at, queries.inside, T.DV, T.DV_PAD, True, T)
-        rows = (batch.to(tl.int64) * q_heads + head) * sizes.q_len + q_local + queries.at
-        rows_lse, rows_delta = load_rows(lse, delta, rows, queries.inside)
         pages = geometry.pages
         k_pointer, v_pointer = pointer_at(k, batch, kv_head, pages), pointer_at(v, batch, kv_head, pages)
         if pages is not None:
@@ -162,32 +68,40 @@ def bias_kernel(
             at += head * sizes.blocks
         if not T.SHARED_BATCH:
             at += batch * sizes.blocks * (1 if T.SHARED_HEADS else q_heads)
-        begin, middle, end = slots_of(lists, at)
-        for part in tl.static_range(2):
-            _add_pairs(
-                out,
-                d_bias,
-                q_tile,
-                do_tile,
-                rows_lse,
-                rows_delta,
-                queries,
-                begin if part == 0 else middle,
-                middle if part == 0 else end,
-                k,
-                v,
-                k_pointer,
-                v_pointer,
-                pages,
-                batch,
-                kv_head,
-                lists,
-                geometry,
-                here,
-                rules,
-                sizes,
-                scales.scores,
-                ACCUMULATE,
-                part == 1,
-                T,
-            )
+        begin, middle, last = slots_of(lists, at)
+        for part in tl.static_range(2):  # blocks that are whole, then those that may need the positional mask
+            begin, end = (begin, middle) if part == 0 else (middle, last)
+            for step in range(begin * T.TILES_N, end * T.TILES_N):
+                slot = step // T.TILES_N
+                block, k_first = tl.load(lists.blocks + slot), (step % T.TILES_N) * T.TILE_N
+                k_local, entry = tl.load(lists.starts + slot), lists.entries + slot
+                keys = keys_of(block, k_local, k_first, batch, geometry, rules, sizes, part == 1, T)
+                k_tile = load_step(k_pointer, k, None, keys, batch, kv_head, pages, T.D, T.D_PAD, part == 1, T)
+                v_tile = load_step(v_pointer, v, None, keys, batch, kv_head, pages, T.DV, T.DV_PAD, part == 1, T)
+                _, found = gradient_tile(
+                    q_tile,
+                    k_tile,
+                    do_tile,
+                    v_tile,
+                    rows_lse,
+                    rows_delta,
+                    queries,
+                    keys,
+                    entry,
+                    here,
+                    rules,
+                    sizes,
+                    scales,
+                    part == 1,
+                    False,
+                    0,
+                    T,
+                )
+                q_token, k_token = (q_local + queries.at).to(tl.int64), (k_local + keys.at).to(tl.int64)
+                pointers = out + q_token[:, None] * d_bias.query + k_token[None, :] * d_bias.key
+                inside = queries.inside[:, None] & keys.inside[None, :]
+                if ACCUMULATE:
+                    found += tl.load(pointers, mask=inside, other=0.0)
+                tl.store(pointers, found, mask=inside)
+                if ACCUMULATE:
+                    tl.debug_barrier()  # what other threads of this program have stored is seen when it is loaded again

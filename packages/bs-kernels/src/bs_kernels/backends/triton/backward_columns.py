@@ -16,110 +16,20 @@ from .tiles import (
     as_operand,
     filled,
     gradient_tile,
+    keys_of,
     load_block,
     load_rows,
     load_step,
     owner_of,
     place,
     pointer_at,
+    queries_of,
     rules_at,
     slots_of,
-    tokens_of,
     zeros,
 )
 
 __all__ = ["columns_kernel"]
-
-
-@triton.jit
-def _columns(
-    dk,
-    dv,
-    d_bias,
-    k_tile,
-    v_tile,
-    keys,
-    begin,
-    end,
-    q,
-    dout,
-    q_view,
-    dout_view,
-    dq,
-    d_key_bias,
-    lse,
-    delta,
-    batch,
-    head,
-    q_heads,
-    lists,
-    geometry,
-    here,
-    rules,
-    sizes,
-    scales,
-    MASKED: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Add what the transposed slots ``begin … end − 1`` give to the gradients of a tile of keys."""
-    dtype: tl.constexpr = q.data.dtype.element_ty
-    q_pointer, o_pointer = pointer_at(q, batch, head, None), pointer_at(dout, batch, head, None)
-    q_local = tl.load(lists.starts + begin)  # loaded a step ahead, so that no address waits for it
-    # The loop with masks is short where it matters, and not overlapping it with loads leaves registers to the other.
-    for step in tl.range(begin * T.TILES_M, end * T.TILES_M, num_stages=1 if MASKED else None):
-        slot = step // T.TILES_M
-        first = (step % T.TILES_M) * T.TILE_M
-        block = tl.load(lists.blocks + slot)
-        queries = tokens_of(
-            block,
-            q_local,
-            first,
-            geometry.q_bounds,
-            geometry.q_start,
-            rules.q_segments,
-            batch.to(tl.int64) * sizes.q_len,
-            T.TILE_M,
-            1,
-            T.BLOCK_M,
-            MASKED,
-        )
-        q_tile = load_step(q_pointer, q, q_view, queries, batch, head, None, T.D, T.D_PAD, MASKED, T)
-        do_tile = load_step(o_pointer, dout, dout_view, queries, batch, head, None, T.DV, T.DV_PAD, MASKED, T)
-        rows_lse, rows_delta = load_rows(lse, delta, q_local + queries.at, queries.inside)
-        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=T.PRECISION) * scales.scores
-        entry = lists.entries + slot
-        dropped, dscores = gradient_tile(
-            scores,
-            v_tile,
-            do_tile,
-            rows_lse,
-            rows_delta,
-            queries,
-            keys,
-            entry,
-            here,
-            rules,
-            sizes,
-            MASKED,
-            False,
-            1,
-            T,
-        )
-        dv = tl.dot(as_operand(dropped, dtype, T), do_tile, dv, input_precision=T.PRECISION)
-        if dq is not None:  # here keys do meet: those beyond the end of their block must add nothing
-            dscores = tl.where(keys.inside[:, None], dscores, 0.0)
-        if d_key_bias is not None:
-            d_bias += tl.sum(dscores, 1)
-        dscores = as_operand(dscores, dtype, T)
-        dk = tl.dot(dscores, q_tile, dk, input_precision=T.PRECISION)
-        if dq is not None:
-            part = tl.dot(tl.trans(dscores), k_tile, input_precision=T.PRECISION) * scales.plain
-            cols = tl.arange(0, T.D_PAD)
-            dq_tile = dq + q_local.to(tl.int64) * q_heads * T.D
-            dq_pointers = dq_tile + queries.at[:, None] * (q_heads * T.D) + cols[None, :]
-            tl.atomic_add(dq_pointers, part, mask=queries.inside[:, None] & (cols < T.D)[None, :], sem="relaxed")
-        q_local = tl.load(lists.starts + (step + 1) // T.TILES_M)
-    return dk, dv, d_bias
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -162,19 +72,7 @@ def columns_kernel(
         return
 
     wide = batch.to(tl.int64)
-    keys = tokens_of(
-        j,
-        k_local,
-        first,
-        geometry.kv_bounds,
-        geometry.kv_start,
-        rules.kv_segments,
-        wide * sizes.kv_len,
-        T.TILE_N,
-        1,
-        T.BLOCK_N,
-        True,
-    )
+    keys = keys_of(j, k_local, first, batch, geometry, rules, sizes, True, T)
     pages = geometry.pages
     k_pointer, v_pointer = pointer_at(k, batch, kv_head, pages), pointer_at(v, batch, kv_head, pages)
     held = keys.inside
@@ -191,6 +89,8 @@ def columns_kernel(
     v_tile = load_block(v_pointer, v.token, keys.at, held, T.DV, T.DV_PAD, True, T)
 
     tokens = k_local + keys.at
+    dtype: tl.constexpr = q.data.dtype.element_ty
+    cols = tl.arange(0, T.D_PAD)
     k_gradient = zeros(T.TILE_N, T.D_PAD)
     v_gradient = zeros(T.TILE_N, T.DV_PAD)
     for inner in range(T.GROUP):
@@ -202,41 +102,63 @@ def columns_kernel(
         d_bias = filled(T.TILE_N, 0.0)
         here = rules_at(rules, sizes, scales, batch, head)
         list_at = at if T.SHARED_HEADS else at + inner * sizes.blocks
-        begin, middle, end = slots_of(lists, list_at)
-        for part in tl.static_range(2):
-            k_gradient, v_gradient, d_bias = _columns(
-                k_gradient,
-                v_gradient,
-                d_bias,
-                k_tile,
-                v_tile,
-                keys,
-                begin if part == 0 else middle,
-                middle if part == 0 else end,
-                q,
-                dout,
-                q_view,
-                dout_view,
-                dq_head,
-                d_key_bias,
-                lse + rows,
-                delta + rows,
-                batch,
-                head,
-                q_heads,
-                lists,
-                geometry,
-                here,
-                rules,
-                sizes,
-                scales,
-                part == 1,
-                T,
-            )
+        q_pointer, o_pointer = pointer_at(q, batch, head, None), pointer_at(dout, batch, head, None)
+        begin, middle, last = slots_of(lists, list_at)
+        for part in tl.static_range(2):  # blocks that are whole, then those that may need the positional mask
+            begin, end = (begin, middle) if part == 0 else (middle, last)
+            q_local = tl.load(lists.starts + begin)  # loaded a step ahead, so that no address waits for it
+            # The loop with masks is short where it matters; that its loads overlap nothing leaves the other registers.
+            for step in tl.range(begin * T.TILES_M, end * T.TILES_M, num_stages=1 if part == 1 else None):
+                slot = step // T.TILES_M
+                block, q_first, entry = (
+                    tl.load(lists.blocks + slot),
+                    (step % T.TILES_M) * T.TILE_M,
+                    lists.entries + slot,
+                )
+                queries = queries_of(block, q_local, q_first, batch, geometry, rules, sizes, 1, part == 1, T)
+                q_tile = load_step(q_pointer, q, q_view, queries, batch, head, None, T.D, T.D_PAD, part == 1, T)
+                do_tile = load_step(
+                    o_pointer, dout, dout_view, queries, batch, head, None, T.DV, T.DV_PAD, part == 1, T
+                )
+                rows_lse, rows_delta = load_rows(lse, delta, rows + q_local + queries.at, queries.inside)
+                dropped, dscores = gradient_tile(
+                    k_tile,
+                    q_tile,
+                    v_tile,
+                    do_tile,
+                    rows_lse,
+                    rows_delta,
+                    queries,
+                    keys,
+                    entry,
+                    here,
+                    rules,
+                    sizes,
+                    scales,
+                    part == 1,
+                    False,
+                    1,
+                    T,
+                )
+                dropped = as_operand(dropped, dtype, T)
+                v_gradient = tl.dot(dropped, do_tile, v_gradient, input_precision=T.PRECISION)
+                if dq is not None:  # here keys do meet: those beyond the end of their block must add nothing
+                    dscores = tl.where(keys.inside[:, None], dscores, 0.0)
+                if d_key_bias is not None:
+                    d_bias += tl.sum(dscores, 1)
+                dscores = as_operand(dscores, dtype, T)
+                k_gradient = tl.dot(dscores, q_tile, k_gradient, input_precision=T.PRECISION)
+                if dq is not None:
+                    product = tl.dot(tl.trans(dscores), k_tile, input_precision=T.PRECISION) * scales.plain
+                    dq_tile = dq_head + q_local.to(tl.int64) * q_heads * T.D
+                    dq_pointers = dq_tile + queries.at[:, None] * (q_heads * T.D) + cols[None, :]
+                    inside = queries.inside[:, None] & (cols < T.D)[None, :]
+                    tl.atomic_add(dq_pointers, product, mask=inside, sem="relaxed")
+                q_local = tl.load(lists.starts + (step + 1) // T.TILES_M)
         if d_key_bias is not None:
             tl.store(d_key_bias + (wide * q_heads + head) * sizes.kv_len + tokens, d_bias, mask=keys.inside)
     wide_tokens = (wide * sizes.kv_len + tokens[:, None]) * kv_heads + kv_head
-    cols, v_cols = tl.arange(0, T.D_PAD), tl.arange(0, T.DV_PAD)
+    v_cols = tl.arange(0, T.DV_PAD)
     k_gradient = (k_gradient * scales.plain).to(dk.dtype.element_ty)
     tl.store(dk + wide_tokens * T.D + cols[None, :], k_gradient, mask=keys.inside[:, None] & (cols < T.D)[None, :])
     v_gradient, v_in = v_gradient.to(dv.dtype.element_ty), (v_cols < T.DV)[None, :]

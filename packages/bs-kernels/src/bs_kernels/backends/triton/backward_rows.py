@@ -14,102 +14,19 @@ from .tiles import (
     as_operand,
     filled,
     gradient_tile,
-    load_block,
-    load_rows,
+    keys_of,
+    load_queries,
     load_step,
     owner_of,
     place,
     pointer_at,
+    queries_of,
     rules_at,
     slots_of,
-    tokens_of,
     zeros,
 )
 
 __all__ = ["rows_kernel"]
-
-
-@triton.jit
-def _rows(
-    dq,
-    d_bias,
-    q_tile,
-    do_tile,
-    rows_lse,
-    rows_delta,
-    queries,
-    begin,
-    end,
-    k,
-    v,
-    k_view,
-    v_view,
-    k_pointer,
-    v_pointer,
-    pages,
-    batch,
-    kv_head,
-    lists,
-    geometry,
-    here,
-    rules,
-    sizes,
-    scale,
-    d_block_bias,
-    block_sums,
-    d_query_bias,
-    MASKED: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Add what the slots ``begin … end − 1`` give to the gradients of a tile of queries."""
-    dtype: tl.constexpr = k.data.dtype.element_ty
-    k_local = tl.load(lists.starts + begin)  # loaded a step ahead, so that no address waits for it
-    for step in range(begin * T.TILES_N, end * T.TILES_N):
-        slot = step // T.TILES_N
-        first = (step % T.TILES_N) * T.TILE_N
-        block = tl.load(lists.blocks + slot)
-        keys = tokens_of(
-            block,
-            k_local,
-            first,
-            geometry.kv_bounds,
-            geometry.kv_start,
-            rules.kv_segments,
-            batch.to(tl.int64) * sizes.kv_len,
-            T.TILE_N,
-            1,
-            T.BLOCK_N,
-            MASKED,
-        )
-        k_tile = load_step(k_pointer, k, k_view, keys, batch, kv_head, pages, T.D, T.D_PAD, MASKED, T)
-        v_tile = load_step(v_pointer, v, v_view, keys, batch, kv_head, pages, T.DV, T.DV_PAD, MASKED, T)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=T.PRECISION) * scale
-        entry = lists.entries + slot
-        _, dscores = gradient_tile(
-            scores,
-            do_tile,
-            v_tile,
-            rows_lse,
-            rows_delta,
-            queries,
-            keys,
-            entry,
-            here,
-            rules,
-            sizes,
-            MASKED,
-            True,
-            0,
-            T,
-        )
-        if d_block_bias.data is not None:
-            sums = block_sums + (step % T.TILES_N) * d_block_bias.query + tl.load(entry)
-            tl.store(sums, tl.sum(tl.sum(dscores, 1), 0))
-        if d_query_bias is not None:
-            d_bias += tl.sum(dscores, 1)
-        dq = tl.dot(as_operand(dscores, dtype, T), k_tile, dq, input_precision=T.PRECISION)
-        k_local = tl.load(lists.starts + (step + 1) // T.TILES_N)
-    return dq, d_bias
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -153,26 +70,8 @@ def rows_kernel(
 
     wide, wide_head = batch.to(tl.int64), head.to(tl.int64)
     here = rules_at(rules, sizes, scales, batch, head)
-    queries = tokens_of(
-        i,
-        q_local,
-        first,
-        geometry.q_bounds,
-        geometry.q_start,
-        rules.q_segments,
-        wide * sizes.q_len,
-        T.TILE_M,
-        1,
-        T.BLOCK_M,
-        True,
-    )
-    tokens, start = q_local + queries.at, q_local.to(tl.int64)
-    q_pointer = pointer_at(q, batch, head, None) + start * q.token
-    o_pointer = pointer_at(dout, batch, head, None) + start * dout.token
-    q_tile = load_block(q_pointer, q.token, queries.at, queries.inside, T.D, T.D_PAD, True, T)
-    do_tile = load_block(o_pointer, dout.token, queries.at, queries.inside, T.DV, T.DV_PAD, True, T)
-    rows = (wide * q_heads + head) * sizes.q_len + tokens
-    rows_lse, rows_delta = load_rows(lse, delta, rows, queries.inside)
+    queries = queries_of(i, q_local, first, batch, geometry, rules, sizes, 1, True, T)
+    q_tile, do_tile, rows_lse, rows_delta = load_queries(q, dout, lse, delta, queries, batch, head, sizes, q_heads, T)
     pages = geometry.pages
     k_pointer, v_pointer = pointer_at(k, batch, kv_head, pages), pointer_at(v, batch, kv_head, pages)
     if pages is not None:
@@ -184,39 +83,48 @@ def rows_kernel(
 
     gradient = zeros(T.TILE_M, T.D_PAD)
     d_bias = filled(T.TILE_M, 0.0)
-    begin, middle, end = slots_of(lists, at)
-    for part in tl.static_range(2):
-        gradient, d_bias = _rows(
-            gradient,
-            d_bias,
-            q_tile,
-            do_tile,
-            rows_lse,
-            rows_delta,
-            queries,
-            begin if part == 0 else middle,
-            middle if part == 0 else end,
-            k,
-            v,
-            k_view,
-            v_view,
-            k_pointer,
-            v_pointer,
-            pages,
-            batch,
-            kv_head,
-            lists,
-            geometry,
-            here,
-            rules,
-            sizes,
-            scales.scores,
-            d_block_bias,
-            block_sums,
-            d_query_bias,
-            part == 1,
-            T,
-        )
+    begin, middle, last = slots_of(lists, at)
+    for part in tl.static_range(2):  # blocks that are whole, then those that may need the positional mask
+        begin, end = (begin, middle) if part == 0 else (middle, last)
+        k_local = tl.load(lists.starts + begin)  # loaded a step ahead, so that no address waits for it
+        for step in range(begin * T.TILES_N, end * T.TILES_N):
+            slot = step // T.TILES_N
+            block, k_first = tl.load(lists.blocks + slot), (step % T.TILES_N) * T.TILE_N
+            keys, entry = (
+                keys_of(block, k_local, k_first, batch, geometry, rules, sizes, part == 1, T),
+                lists.entries + slot,
+            )
+            k_tile = load_step(k_pointer, k, k_view, keys, batch, kv_head, pages, T.D, T.D_PAD, part == 1, T)
+            v_tile = load_step(v_pointer, v, v_view, keys, batch, kv_head, pages, T.DV, T.DV_PAD, part == 1, T)
+            _, dscores = gradient_tile(
+                q_tile,
+                k_tile,
+                do_tile,
+                v_tile,
+                rows_lse,
+                rows_delta,
+                queries,
+                keys,
+                entry,
+                here,
+                rules,
+                sizes,
+                scales,
+                part == 1,
+                True,
+                0,
+                T,
+            )
+            if d_block_bias.data is not None:
+                sums = block_sums + (step % T.TILES_N) * d_block_bias.query + tl.load(entry)
+                tl.store(sums, tl.sum(tl.sum(dscores, 1), 0))
+            if d_query_bias is not None:
+                d_bias += tl.sum(dscores, 1)
+            dscores = as_operand(dscores, k.data.dtype.element_ty, T)
+            gradient = tl.dot(dscores, k_tile, gradient, input_precision=T.PRECISION)
+            k_local = tl.load(lists.starts + (step + 1) // T.TILES_N)
+    rows = (wide * q_heads + head) * sizes.q_len + q_local + queries.at
+    tokens = q_local + queries.at
     cols = tl.arange(0, T.D_PAD)
     out_pointers = dq + ((wide * sizes.q_len + tokens[:, None]) * q_heads + head) * T.D + cols[None, :]
     gradient = (gradient * scales.plain).to(dq.dtype.element_ty)

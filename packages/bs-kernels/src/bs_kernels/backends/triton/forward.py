@@ -17,88 +17,19 @@ from .tiles import (
     as_operand,
     dropout_keep,
     filled,
+    keys_of,
     load_block,
     load_step,
     owner_of,
     place,
     pointer_at,
+    queries_of,
     rules_at,
     slots_of,
-    tokens_of,
     zeros,
 )
 
 __all__ = ["forward_kernel", "merge_kernel"]
-
-
-@triton.jit
-def _attend(
-    acc,
-    total,
-    top,
-    q_tile,
-    queries,
-    begin,
-    end,
-    k,
-    v,
-    k_view,
-    v_view,
-    k_pointer,
-    v_pointer,
-    pages,
-    batch,
-    kv_head,
-    lists,
-    geometry,
-    here,
-    rules,
-    sizes,
-    scale,
-    MASKED: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Take the slots ``begin … end − 1`` into the running sums of a tile. MASKED slots may need the positional mask."""
-    dtype: tl.constexpr = k.data.dtype.element_ty
-    k_local = tl.load(lists.starts + begin)  # loaded a step ahead, so that no address waits for it
-    for step in range(begin * T.TILES_N, end * T.TILES_N):
-        slot = step // T.TILES_N
-        first = (step % T.TILES_N) * T.TILE_N
-        block = tl.load(lists.blocks + slot)
-        keys = tokens_of(
-            block,
-            k_local,
-            first,
-            geometry.kv_bounds,
-            geometry.kv_start,
-            rules.kv_segments,
-            batch.to(tl.int64) * sizes.kv_len,
-            T.TILE_N,
-            1,
-            T.BLOCK_N,
-            MASKED,
-        )
-        k_tile = load_step(k_pointer, k, k_view, keys, batch, kv_head, pages, T.D, T.D_PAD, MASKED, T)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=T.PRECISION)
-        if T.FUSED_SCALE and not MASKED:
-            new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-            weights = tl.exp2(scores * scale - new_top[:, None])
-            rescale = tl.exp2(top - new_top)
-        else:
-            scores = adjust(scores * scale, queries, keys, lists.entries + slot, here, rules, sizes, MASKED, True, 0)
-            new_top = tl.maximum(top, tl.max(scores, 1))
-            finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # so that exp2(−inf − finite) = 0
-            weights = tl.exp2(scores - finite[:, None])
-            rescale = tl.exp2(top - finite)
-        total = total * rescale + tl.sum(weights, 1)
-        acc = acc * rescale[:, None]
-        top = new_top
-        if rules.seeds is not None:
-            weights = tl.where(dropout_keep(weights, queries, keys, here, 0), weights, 0.0)
-        v_tile = load_step(v_pointer, v, v_view, keys, batch, kv_head, pages, T.DV, T.DV_PAD, MASKED, T)
-        acc = tl.dot(as_operand(weights, dtype, T), v_tile, acc, input_precision=T.PRECISION)
-        k_local = tl.load(lists.starts + (step + 1) // T.TILES_N)
-    return acc, total, top
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -131,19 +62,7 @@ def forward_kernel(
     else:
         of_row = head
     here = rules_at(rules, sizes, scales, batch, of_row)
-    queries = tokens_of(
-        i,
-        q_local,
-        first,
-        geometry.q_bounds,
-        geometry.q_start,
-        rules.q_segments,
-        batch.to(tl.int64) * sizes.q_len,
-        T.TILE_M,
-        T.PACK,
-        T.BLOCK_M,
-        True,
-    )
+    queries = queries_of(i, q_local, first, batch, geometry, rules, sizes, T.PACK, True, T)
     q_pointer = pointer_at(q, batch, of_row, None) + q_local.to(tl.int64) * q.token
     q_tile = load_block(q_pointer, q.token, queries.at, queries.inside, T.D, T.D_PAD, True, T)
     pages = geometry.pages
@@ -154,39 +73,41 @@ def forward_kernel(
     acc = zeros(T.TILE_M, T.DV_PAD)
     total = filled(T.TILE_M, 0.0)
     top = filled(T.TILE_M, float("-inf"))
-    begin, middle, end = slots_of(lists, at)
+    begin, middle, last = slots_of(lists, at)
     if T.SPLITS > 1:
-        length = (end - begin).to(tl.int64)
-        end = (begin + length * (piece + 1) // T.SPLITS).to(tl.int32)
+        length = (last - begin).to(tl.int64)
+        last = (begin + length * (piece + 1) // T.SPLITS).to(tl.int32)
         begin = (begin + length * piece // T.SPLITS).to(tl.int32)
-        middle = tl.minimum(tl.maximum(middle, begin), end)
-    for part in tl.static_range(2):
-        acc, total, top = _attend(
-            acc,
-            total,
-            top,
-            q_tile,
-            queries,
-            begin if part == 0 else middle,
-            middle if part == 0 else end,
-            k,
-            v,
-            k_view,
-            v_view,
-            k_pointer,
-            v_pointer,
-            pages,
-            batch,
-            kv_head,
-            lists,
-            geometry,
-            here,
-            rules,
-            sizes,
-            scales.scores,
-            part == 1,
-            T,
-        )
+        middle = tl.minimum(tl.maximum(middle, begin), last)
+    for part in tl.static_range(2):  # blocks that are whole, then those that may need the positional mask
+        begin, end = (begin, middle) if part == 0 else (middle, last)
+        k_local = tl.load(lists.starts + begin)  # loaded a step ahead, so that no address waits for it
+        for step in range(begin * T.TILES_N, end * T.TILES_N):
+            slot = step // T.TILES_N
+            block, k_first = tl.load(lists.blocks + slot), (step % T.TILES_N) * T.TILE_N
+            keys = keys_of(block, k_local, k_first, batch, geometry, rules, sizes, part == 1, T)
+            k_tile = load_step(k_pointer, k, k_view, keys, batch, kv_head, pages, T.D, T.D_PAD, part == 1, T)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=T.PRECISION)
+            if T.FUSED_SCALE and part == 0:
+                new_top = tl.maximum(top, tl.max(scores, 1) * scales.scores)
+                weights = tl.exp2(scores * scales.scores - new_top[:, None])
+                rescale = tl.exp2(top - new_top)
+            else:
+                scores, entry = scores * scales.scores, lists.entries + slot
+                scores = adjust(scores, queries, keys, entry, here, rules, sizes, part == 1, True, 0)
+                new_top = tl.maximum(top, tl.max(scores, 1))
+                finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # so that exp2(−inf − finite) = 0
+                weights = tl.exp2(scores - finite[:, None])
+                rescale = tl.exp2(top - finite)
+            total = total * rescale + tl.sum(weights, 1)
+            acc = acc * rescale[:, None]
+            top = new_top
+            if rules.seeds is not None:
+                weights = tl.where(dropout_keep(weights, queries, keys, here, 0), weights, 0.0)
+            v_tile = load_step(v_pointer, v, v_view, keys, batch, kv_head, pages, T.DV, T.DV_PAD, part == 1, T)
+            weights = as_operand(weights, k.data.dtype.element_ty, T)
+            acc = tl.dot(weights, v_tile, acc, input_precision=T.PRECISION)
+            k_local = tl.load(lists.starts + (step + 1) // T.TILES_N)
 
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * LOG2E

@@ -27,15 +27,17 @@ __all__ = [
     "dropout_keep",
     "filled",
     "gradient_tile",
+    "keys_of",
     "load_block",
+    "load_queries",
     "load_rows",
     "load_step",
     "owner_of",
     "place",
     "pointer_at",
+    "queries_of",
     "rules_at",
     "slots_of",
-    "tokens_of",
     "zeros",
 ]
 
@@ -223,6 +225,37 @@ def load_rows(lse, delta, offset, inside):
     return rows, tl.where(empty, 0.0, tl.load(delta + offset, mask=inside, other=0.0))
 
 
+@triton.jit
+def queries_of(
+    block, local, first, batch, geometry, rules, sizes, PACK: tl.constexpr, MASKED: tl.constexpr, T: tl.constexpr
+):
+    """`tokens_of` TILE_M rows of queries."""
+    bounds, positions, offset = geometry.q_bounds, geometry.q_start, batch.to(tl.int64) * sizes.q_len
+    segments = rules.q_segments
+    return tokens_of(block, local, first, bounds, positions, segments, offset, T.TILE_M, PACK, T.BLOCK_M, MASKED)
+
+
+@triton.jit
+def keys_of(block, local, first, batch, geometry, rules, sizes, MASKED: tl.constexpr, T: tl.constexpr):
+    """`tokens_of` TILE_N keys."""
+    bounds, positions, offset = geometry.kv_bounds, geometry.kv_start, batch.to(tl.int64) * sizes.kv_len
+    segments = rules.kv_segments
+    return tokens_of(block, local, first, bounds, positions, segments, offset, T.TILE_N, 1, T.BLOCK_N, MASKED)
+
+
+@triton.jit
+def load_queries(q, dout, lse, delta, queries, batch, head, sizes, q_heads, T: tl.constexpr):
+    """All that a backward reads of a tile of queries: q, dO, and `load_rows`."""
+    start = queries.local.to(tl.int64)
+    q_pointer = pointer_at(q, batch, head, None) + start * q.token
+    o_pointer = pointer_at(dout, batch, head, None) + start * dout.token
+    q_tile = load_block(q_pointer, q.token, queries.at, queries.inside, T.D, T.D_PAD, True, T)
+    do_tile = load_block(o_pointer, dout.token, queries.at, queries.inside, T.DV, T.DV_PAD, True, T)
+    rows = (batch.to(tl.int64) * q_heads + head) * sizes.q_len + queries.local + queries.at
+    rows_lse, rows_delta = load_rows(lse, delta, rows, queries.inside)
+    return q_tile, do_tile, rows_lse, rows_delta
+
+
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
@@ -324,9 +357,10 @@ def dropout_keep(like, q, k, here, AXIS: tl.constexpr):
 
 @triton.jit
 def gradient_tile(
-    scores,
     left,
     right,
+    d_left,
+    d_right,
     rows_lse,
     rows_delta,
     q,
@@ -335,6 +369,7 @@ def gradient_tile(
     here,
     rules,
     sizes,
+    scales,
     MASKED: tl.constexpr,
     ENDS: tl.constexpr,
     AXIS: tl.constexpr,
@@ -343,14 +378,15 @@ def gradient_tile(
     """Probabilities after dropout, and the gradient of the scores, from the LSE.
 
     Args:
-        scores: scaled products of queries and keys.
-        left, right: tiles whose product is the gradient of the probabilities: dO and V, or V and dO.
+        left, right: tiles whose product are the scores: Q and K, or K and Q.
+        d_left, d_right: tiles whose product is the gradient of the probabilities: dO and V, or V and dO.
         rows_lse, rows_delta: of `load_rows`.
         q, k, entry, here, rules, sizes, MASKED, ENDS, AXIS: as in `adjust`.
     """
+    scores = tl.dot(left, tl.trans(right), input_precision=T.PRECISION) * scales.scores
     scores = adjust(scores, q, k, entry, here, rules, sizes, MASKED, ENDS, AXIS)
     weights = tl.exp2(scores - along(rows_lse, AXIS))
-    dweights = tl.dot(left, tl.trans(right), input_precision=T.PRECISION)
+    dweights = tl.dot(d_left, tl.trans(d_right), input_precision=T.PRECISION)
     dropped = weights
     if rules.seeds is not None:
         keep = dropout_keep(weights, q, k, here, AXIS)
