@@ -41,6 +41,7 @@ OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "variants
 SECTIONS = ("variants", "memory", "training", "equal", "hilbert")
 VARIANTS = ("base", "hierarchical", "adaptive", "hilbert", "multihead", "distributed", "dilated")
 DENSITY, BLOCK, HEADS, DIM = 0.1, 64, 4, 64
+LOW_DENSITY = 0.05  # where levels and base are compared once more
 DTYPE = torch.bfloat16
 #: The backend that has to run on each kind of device.
 OPTIMISED = {"cpu": "native", "cuda": "triton"}
@@ -338,13 +339,16 @@ def section_training(options: argparse.Namespace, backend: str) -> list[dict[str
 
 
 def section_equal(options: argparse.Namespace, backend: str) -> list[dict[str, Any]]:
-    """The hierarchical presets beside the base at the density that their levels have."""
+    """Hierarchical attention beside the base at equal density: that of a preset's levels, and one asked for."""
     records = []
+    presets: list[tuple[str, dict[str, Any]]] = [(f"hierarchical_{name}", {}) for name in ("standard", "fine", "long")]
+    asked_for = ("hierarchical_standard", {"sparsity_ratio": LOW_DENSITY})
     for tokens in options.tokens:
         if tokens < 1024:
             continue
-        for name in ("hierarchical_standard", "hierarchical_fine", "hierarchical_long"):
-            preset: Any = get_block_sparse_preset(name)
+        for preset_name, more in [*presets, asked_for]:
+            preset: Any = get_block_sparse_preset(preset_name, **more)
+            name = ", ".join([preset_name, *(f"{field} {value}" for field, value in more.items())])
             density = preset.layout(tokens, True).density
             size = preset.sparse_config.block_size
             base: Any = create_block_sparse_attention("base", sparsity_ratio=density, block_size=size)
@@ -367,7 +371,7 @@ def section_equal(options: argparse.Namespace, backend: str) -> list[dict[str, A
                     **{phase: {"preset": found[phase][name], "base": found[phase]["base"]} for phase in found},
                 }
             )
-            print(f"  {tokens:6} {name:22} both × {found['both'][name]['ratio']} of the base's")
+            print(f"  {tokens:6} {name:44} both × {found['both'][name]['ratio']} of the base's")
     return records
 
 

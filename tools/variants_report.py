@@ -121,7 +121,10 @@ def _equal(section: dict[str, Any], where: str, found: dict[str, Any]) -> list[s
         ]
         for r in section["records"]
     ]
-    what = "Levels decide the presets' density; the base is asked for the same one. A ratio above 1 is a loss."
+    what = (
+        "Levels decide a preset's density unless one is asked for; the base is asked for the same one. A ratio above 1 "
+        "is a loss."
+    )
     return ["## Levels beside the base at equal density", "", where, "", what, "", *_table(header, rows)]
 
 
