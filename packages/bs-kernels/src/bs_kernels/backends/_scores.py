@@ -65,29 +65,22 @@ class ChunkScores:
         self.frame, self.place = frame, place
         self.chunk, self.shape = place.chunk, place.shape
 
-    @property
-    def may_empty(self) -> bool:
-        """Whether a query of this chunk can end up without keys."""
-        call = self.frame.call
-        return (
-            self.chunk.cut > 0
-            or self.frame.masked_keys is not None
-            or call.q_segments is not None
-            or call.attn_bias is not None
-            or call.block_bias is not None
-        )
+    def apply_(self, scores: Tensor, unit: float = 1.0) -> None:
+        """Add biases to scaled scores [units, g · bq, n · bk] and set masked ones to −inf, in place.
 
-    def apply_(self, scores: Tensor) -> None:
-        """Add biases to scaled scores [units, g · bq, n · bk] and set masked ones to −inf, in place."""
+        Args:
+            scores: the scores, multiplied by ``unit``.
+            unit: what biases are multiplied by, too.
+        """
         frame, call, chunk, place = self.frame, self.frame.call, self.chunk, self.place
         s = scores.view(self.shape)
         if call.block_bias is not None:
-            s += self.block_bias_values(s.dtype)
+            s.add_(self.block_bias_values(s.dtype), alpha=unit)
         if call.attn_bias is not None:
             if call.attn_bias.dtype == torch.bool:
                 s.masked_fill_(~call.attn_bias[self._attn_bias_index], _NEG_INF)
             else:
-                s += self.attn_bias_values(s.dtype)
+                s.add_(self.attn_bias_values(s.dtype), alpha=unit)
         if chunk.cut:
             s[..., self.shape[4] - chunk.cut :, :].masked_fill_(place.outside_band, _NEG_INF)
         if chunk.max_padding:

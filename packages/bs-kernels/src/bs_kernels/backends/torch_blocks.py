@@ -1,9 +1,9 @@
 """The `torch` backend: block-sparse attention as chunks of batched matrix products, on any device and in any dtype.
 
 Q, K and V are copied head-major once; chunks of rows gather their key blocks, so that every product is dense. Nothing
-larger than a chunk's score tile is ever held. Scores are products in the accumulation dtype. The other products take
-bfloat16 operands where the inputs are bfloat16 and the CPU has instructions for them; sums over chunks stay float32.
-Same bits from run to run.
+larger than a chunk's score tile is ever held. Scores are products in the accumulation dtype, in units of log 2, since
+torch computes 2^x several times faster than e^x. The other products take bfloat16 operands where the inputs are
+bfloat16 and the CPU has instructions for them; sums over chunks stay float32. Same bits from run to run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .base import Call, Gradients, Needs, Problem
 __all__ = ["TorchBackend"]
 
 _NEG_INF = float("-inf")
+_LOG2_E = math.log2(math.e)
 
 #: Elements of a chunk's score tile: about the size of a core's L2 cache on a CPU, enough to fill a GPU.
 _BUDGET = {"cpu": 1 << 18}
@@ -86,24 +87,25 @@ class _Run(ExitStack):
         k, v = (self.keys.pack(x, self.operand, self.empty).flatten(1) for x in (call.k, call.v))
         dim_v = call.v.shape[-1]
         out = self._full((q.shape[0], self.rows, dim_v), 0)
-        lse = self._full((q.shape[0], self.rows, 1), _NEG_INF)
-        tiles = _Tiles(self, max(call.q.shape[-1], dim_v), scores=2, operands=2)
+        lse = self._full((q.shape[0], self.rows, 1), _NEG_INF)  # in units of log 2 until the end
+        tiles = _Tiles(self, max(call.q.shape[-1], dim_v), scores=1, operands=2)
         for place in self.places.chunks:
             at, chunk = ChunkScores(self.frame, place), place.chunk
             k_c, v_c = self._gather(k, place, tiles.operands[0]), self._gather(v, place, tiles.operands[1])
-            scores, weights = tiles.view_scores(k_c)
-            self._scores(q.index_select(0, place.q_index), k_c, tiles, scores)
-            at.apply_(scores)
-            lse_c = _softmax_(scores, weights, at.may_empty)
+            (weights,) = tiles.view_scores(k_c)
+            self._scores(q.index_select(0, place.q_index), k_c, tiles, weights)
+            at.apply_(weights, _LOG2_E)
+            total, lse_c = _exponentiate_(weights)
             if call.dropout_p:
                 weights.view(at.shape).mul_(at.keep()).div_(1 - call.dropout_p)
-            out_c = torch.bmm(tiles.as_operand(weights), v_c).to(self.dtype)
+            out_c = torch.bmm(tiles.as_operand(weights), v_c).to(self.dtype).div_(total)
             if not chunk.first:
                 out_c, lse_c = _merge(
                     out.index_select(0, place.q_index), lse.index_select(0, place.q_index), out_c, lse_c
                 )
             out.index_copy_(0, place.q_index, out_c)
             lse.index_copy_(0, place.q_index, lse_c)
+        lse.div_(_LOG2_E)
         if call.sinks is not None:
             lse = self._add_sinks_(out, lse, call.sinks)
         return self.queries.unpack(out, out_dtype), self.queries.unpack_rows(lse.squeeze(-1))
@@ -114,7 +116,7 @@ class _Run(ExitStack):
         q, do = (self.queries.pack(x, self.operand, self.empty) for x in (call.q, dout))
         k, v = (self.keys.pack(x, self.operand, self.empty).flatten(1) for x in (call.k, call.v))
         lse, delta = (self.queries.pack_rows(x, self.empty) for x in (lse, delta))
-        lse.masked_fill_(lse == _NEG_INF, float("inf"))  # exp(score − inf) = 0, also where the score is −inf
+        lse.masked_fill_(lse == _NEG_INF, float("inf")).mul_(_LOG2_E)  # 2^(score − inf) = 0, also if the score is −inf
         dq, dk, dv = (self._full(tuple(x.shape), 0) for x in (q, k, v))
         d_attn = self._gradient_of(call.attn_bias, needs.attn_bias)
         d_block = self._gradient_of(call.block_bias, needs.block_bias)
@@ -125,8 +127,8 @@ class _Run(ExitStack):
             q_c, do_c = q.index_select(0, place.q_index), do.index_select(0, place.q_index)
             weights, dscores = tiles.view_scores(k_c)
             self._scores(q_c, k_c, tiles, weights)
-            at.apply_(weights)
-            weights.sub_(lse.index_select(0, place.q_index)).exp_()
+            at.apply_(weights, _LOG2_E)
+            weights.sub_(lse.index_select(0, place.q_index)).exp2_()
             keep = at.keep() if call.dropout_p else None
             dweights = torch.bmm(do_c, v_c.transpose(1, 2), out=tiles.view_product(dscores))
             if keep is not None:
@@ -153,9 +155,9 @@ class _Run(ExitStack):
         )
 
     def _scores(self, q_c: Tensor, k_c: Tensor, tiles: _Tiles, out: Tensor) -> None:
-        """Scaled scores of a chunk, products and sums in the accumulation dtype."""
-        k_c = tiles.widened(k_c)
-        torch.baddbmm(out, q_c.to(self.dtype), k_c.transpose(1, 2), beta=0, alpha=self.call.scale, out=out)
+        """Scaled scores of a chunk in units of log 2, products and sums in the accumulation dtype."""
+        k_c, scale = tiles.widened(k_c), self.call.scale * _LOG2_E
+        torch.baddbmm(out, q_c.to(self.dtype), k_c.transpose(1, 2), beta=0, alpha=scale, out=out)
 
     def _add_keys_(self, into: Tensor, place: ChunkPlace, left: Tensor, right: Tensor, tiles: _Tiles) -> None:
         """Add ``leftᵀ @ right`` to a packed gradient of keys or values."""
@@ -232,21 +234,18 @@ def _multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
-def _softmax_(scores: Tensor, weights: Tensor, may_empty: bool) -> Tensor:
-    """Softmax over the last dimension into ``weights``; returns its LSE [..., 1]. A row of −inf gives 0 and −inf."""
-    top = scores.amax(-1, keepdim=True)
-    torch.softmax(scores, -1, out=weights)
-    # The largest probability is 1 / Σ exp(s − top): what is missing for the LSE, at less cost than another sum.
-    lse = top - weights.amax(-1, keepdim=True).log_()
-    if may_empty:
-        empty = top == _NEG_INF
-        if empty.device.type != "cpu" or bool(empty.any()):
-            weights.masked_fill_(empty, 0)
-            lse.masked_fill_(empty, _NEG_INF)
-    return lse
+def _exponentiate_(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """``2^(score − the row's largest)`` in place.
+
+    Returns:
+        What to divide sums of these by, and the rows' log2-sum-exp2, both [..., 1]. A row of −inf: 1 and −inf.
+    """
+    top = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)  # −inf − −inf would be NaN
+    total = scores.sub_(top).exp2_().sum(-1, keepdim=True)
+    return total.clamp(min=1), top.add_(total.log2_())
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = (torch.where(x == _NEG_INF, 0.0, torch.exp(x - lse)) for x in (lse_a, lse_b))
+    lse = torch.logaddexp2(lse_a, lse_b)
+    weight_a, weight_b = (torch.where(x == _NEG_INF, 0.0, torch.exp2(x - lse)) for x in (lse_a, lse_b))
     return out_a * weight_a + out_b * weight_b, lse
