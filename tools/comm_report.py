@@ -38,9 +38,10 @@ error of one process, both against float64, or the run fails; â€œerror of limitâ
     "wire": (
         "What a narrower wire costs",
         """\
-4 ranks, 2,048 tokens, dilated 1, 2, 4, 8 at density 0.1, causal, zigzag; K and V are float32 and normal. Errors are
-norms of the difference to dense float64 attention over the norm of that. Bytes are those of K and V, which travel
-twice (forward, and again in the backward pass); gradients go home in float32 whatever the wire.""",
+4 ranks, 2,048 tokens, dilated 1, 2, 4, 8 at density 0.1, causal, striped so that most of what is read travels; K and
+V are float32 and normal. Errors are norms of the difference to dense float64 attention over the norm of that. Bytes
+are those of K and V, which travel twice (forward, and again in the backward pass); gradients go home in float32
+whatever the wire.""",
     ),
     "hooks": (
         "Training with compressed gradients",
