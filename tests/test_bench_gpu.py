@@ -166,7 +166,8 @@ import sys; sys.path.insert(0, sys.argv[1])
 import torch, gpu_tune
 from bs_kernels.backends.triton.config import Config
 for decoding in (False, True):
-    call, dout = gpu_tune.call_of(16, 16, torch.float16, decoding=decoding, device="cpu", shrink=2048 if decoding else 512)
+    shrink = 2048 if decoding else 512
+    call, dout = gpu_tune.call_of(16, 16, torch.float16, decoding=decoding, device="cpu", shrink=shrink)
     for run in gpu_tune.runs_of(call, dout, decoding=decoding).values():
         run(Config(16, 16, 4, 1))
 """
@@ -176,15 +177,15 @@ for decoding in (False, True):
 def test_the_tools_go_through_everything_in_the_interpreter(tool, tmp_path):
     pytest.importorskip("triton")
     dry = [str(ROOT / "tools" / "bench_gpu.py"), "--dry", "--no-check", "--out", str(tmp_path)]
-    dry += ["--only", "plan", "memory", "decode"]
+    dry += ["--only", "plan", "decode", "--tokens", "32"]
     command = dry if tool == "bench_gpu" else ["-c", INTERPRETED, str(ROOT / "tools")]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     if tool == "bench_gpu":
         text = (tmp_path / "gpu.md").read_text()
-        assert text.count("Not yet measured.") == 4
-        assert "| 64 | 1 | 0.1 | 2 (1) | 16 |" in text
+        assert text.count("Not yet measured.") == 5
+        assert "| 32 | 1 | 0.1 | 2 (1) | 16 |" in text
 
 
 def test_names_of_files(bench):

@@ -206,8 +206,7 @@ def test_attn_bias(kind, shape):
     check_against_oracle(case, attention)
 
 
-@pytest.mark.parametrize("heads", [1, 2], ids=["shared", "per head"])
-@pytest.mark.parametrize("leading", [(1, 1), (2, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(("leading", "heads"), [((1, 1), 1), ((1, 1), 2), ((2, 1), 2), ((2, 2), 1)], ids=str)
 def test_the_gradient_of_attn_bias_meets_everything_else(leading, heads):
     """Tiles smaller than blocks, short blocks, and rules that make scores −inf; both orders of heads and batch."""
     bias = torch.randn(*leading, 24, 37, generator=torch.Generator().manual_seed(0))
@@ -292,8 +291,7 @@ def assert_forward(case):
     assert_close_to_oracle(case, {name: got[name] for name in ("out", "lse")})
 
 
-@pytest.mark.parametrize("splits", [2, 3, 8])
-@pytest.mark.parametrize("heads", [1, 4], ids=["shared", "per head"])
+@pytest.mark.parametrize(("splits", "heads"), [(2, 4), (3, 1), (8, 4)])
 def test_rows_in_pieces(splits, heads, monkeypatch):
     """Few, uneven and empty pieces; whole and masked slots in all of them."""
     merged = []
@@ -315,14 +313,13 @@ def test_queries_without_keys_in_pieces(monkeypatch):
 # -- tensor descriptors ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [16, 24, 33], ids=["whole", "padded", "unaligned"])
-@pytest.mark.parametrize("paged", [False, True], ids=["sequence", "paged"])
+@pytest.mark.parametrize(("dim", "paged"), [(16, False), (24, False), (24, True), (33, False)])
 def test_descriptors_give_the_same_bits(dim, paged, monkeypatch):
     """Where strides are not multiples of 16 bytes, or blocks need their ends masked, pointers are used."""
     made = []
     view_of = launch.view_of
     monkeypatch.setattr(launch, "view_of", lambda *given: made.append(view_of(*given)) or made[-1])
-    case = make_case(layout_of((40, 52), (32, 16), heads=2, density=0.7), batch=2, q_heads=2, head_dim=dim, causal=True)
+    case = make_case(layout_of((40, 52), (32, 16), heads=2, density=0.7), q_heads=2, head_dim=dim, causal=True)
     case = make_pages(case) if paged else case
     found = []
     for descriptors in (False, True):
