@@ -107,6 +107,11 @@ def contests(args: argparse.Namespace) -> Iterator[tuple[str, float, int]]:
         yield from ((kind, density, seed) for seed in range(args.seeds) for kind in args.kinds)
 
 
+def key(row: dict[str, Any]) -> tuple[str, float, int]:
+    """What names a row."""
+    return row["kind"], row["asked"], row["seed"]
+
+
 def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
     """Takes the runs that the JSON lacks, and writes it after each."""
     corpus = load_corpus((), args.context)
@@ -126,11 +131,11 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
     if found and (found["settings"] != settings or found["text"] != facts):
         raise SystemExit(f"{args.out} holds runs of other settings or on another text; give another --out")
     found.update({"machine": machine, "text": facts, "settings": settings, "rows": found.get("rows", [])})
-    done = {(row["kind"], row["asked"], row["seed"]) for row in found["rows"]}
+    done = {key(row) for row in found["rows"]}
     for kind, density, seed in contests(args):
-        if (kind, density, seed) in done:
-            continue
         name = kind if kind in STARTS else f"{kind}-{density:g}-seed-{seed}"
+        if (kind, density, seed) in done and (kind not in STARTS or (args.work / name / "results.json").exists()):
+            continue
         print(name, flush=True)
         result = trained(name, settings_of(kind, density, seed, args), corpus, args.work)
         validation = result["validation"]
@@ -138,7 +143,7 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
         row |= {"bits_per_byte": validation["bits_per_byte"], "by_position": validation["by_position"]}
         row |= {name: result[name] for name in ("steps", "tokens", "parameters")} | {"scored": validation["scored"]}
         print(f"  {density:g}, met {row['met']:.4f}: {row['bits_per_byte']:.4f} bits per byte", flush=True)
-        found["rows"].append(row)
+        found["rows"] = [other for other in found["rows"] if key(other) != key(row)] + [row]
         args.out.write_text(json.dumps(found, indent=1) + "\n")
         if kind not in STARTS:
             report(found, args.out)
@@ -292,9 +297,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--validation-bytes", type=int, default=2**19)
     parser.add_argument("--gate-rate", type=float, default=1e-2)
     parser.add_argument("--block", type=int, default=16)
-    parser.add_argument("--query-block", type=int, default=16)
-    parser.add_argument("--temperatures", type=float, nargs=2, default=[0.5, 0.1])
-    parser.add_argument("--distill-rows", type=int, default=16)
+    parser.add_argument("--query-block", type=int, default=4)
+    parser.add_argument("--temperatures", type=float, nargs=2, default=[0.1, 0.02])
+    parser.add_argument("--distill-rows", type=int, default=64)
     parser.add_argument("--distillation-weight", type=float, default=1.0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)

@@ -168,6 +168,8 @@ def test_a_gated_run_is_drawn_and_sampled_and_another_starts_from_it(place, caps
 BAD = {
     "missing file": (["--data", "none.txt"], 2, "no such file or folder: none.txt"),
     "no match": (["--data", "*.none"], 2, "no file matches *.none"),
+    "empty data": (["--data", ""], 2, "data: expected a file, folder or glob, got ''"),
+    "empty start": (["--start-from", ""], 2, "start_from: expected the folder of a run, got ''"),
     "empty file": (["--data", "empty.txt"], 2, "the file is empty"),
     "short text": (["--data", "short.txt"], 2, "less than one context of 96"),
     "density 0": (["--density", "0"], 2, "density: expected a density in (0, 1] … got 0"),

@@ -73,7 +73,7 @@ def train(
     **flags: Any,
 ) -> None:
     """Train a byte-level language model with block-sparse causal attention on real text."""
-    if flags["start_from"] is not None and not Path(flags["start_from"]).is_dir():
+    if flags["start_from"] and not Path(flags["start_from"]).is_dir():
         flags["start_from"] = str(runs_folder / flags["start_from"])
     given = _given(config_file, flags)
     from .session import train_session

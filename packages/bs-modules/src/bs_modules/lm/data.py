@@ -129,6 +129,8 @@ def _expand(data: Sequence[str]) -> list[tuple[str, Path]]:
     """Resolves the arguments to (name for the split, file), in a stable order, each file once."""
     found: dict[Path, str] = {}
     for argument in data:
+        if not argument:
+            raise InputError("data: expected a file, folder or glob, got ''")
         path = Path(argument).expanduser()
         if path.is_dir():
             matches = [

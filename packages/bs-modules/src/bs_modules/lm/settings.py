@@ -133,6 +133,7 @@ class Settings:
         _require("cooldown", self.cooldown, "a number in [0, 1]", 0 <= self.cooldown <= 1)
         _require("minutes", self.minutes, "a number > 0", self.minutes is None or 0 < self.minutes < math.inf)
         _require("dtype", self.dtype, f"auto, {', '.join(DTYPES)}", self.dtype in ("auto", *DTYPES))
+        _require("start_from", self.start_from, "the folder of a run", self.start_from != "")
         self._settle_attention()
         if self.nproc > 1:
             fixed = f"1 with {self.attention} attention, because only the base attention is shared"
