@@ -18,6 +18,7 @@ from bs_kernels import (
     partial_backward,
     partial_forward,
 )
+from bs_kernels.backends import flash
 from bs_kernels.backends.base import Problem
 from bs_kernels.backends.flash import FlashBackend
 from bs_kernels.testing import check_against_oracle, evaluate, make_batched_layout, make_case, make_layout
@@ -320,3 +321,19 @@ def test_reasons_on_gpus_need_no_gpu():
 def test_names_its_kernel():
     table = explain_backends(CASE.q.double(), CASE.k.double(), CASE.v.double(), CASE.layout)
     assert next(report.detail for report in table if report.name == "flash") == "torch's CPU kernel"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "detail"),
+    [
+        ((7, 5), torch.float16, "torch's memory-efficient kernel"),
+        ((8, 0), torch.bfloat16, "torch's flash kernel, else torch's memory-efficient kernel"),
+        ((9, 0), torch.float32, "torch's memory-efficient kernel"),
+    ],
+)
+def test_says_what_would_run_on_a_gpu(monkeypatch, capability, dtype, detail):
+    monkeypatch.setattr(flash, "nvidia_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    problem = Problem("cuda", dtype, 1, 2, 2, 64, 64, (8, 8), (8, 8), dense_offset=0)
+    assert FlashBackend().not_supported_reasons(problem) == []
+    assert FlashBackend().detail(problem) == detail

@@ -157,5 +157,7 @@ def test_reasons_on_gpus_need_no_gpu(monkeypatch):
     assert "head dims from 16 on, not 8" in reasons(value_dim=8)
     assert "no gradient of attn_bias" in reasons(attn_bias="float", attn_bias_grad=True, backward=True)
     assert "not on mps" in reasons(device="mps")
+    monkeypatch.setattr(flex, "nvidia_capability", lambda: (7, 5))
+    assert reasons() == "it needs compute capability 8.0, this GPU has 7.5"
     monkeypatch.setattr(flex, "importable", lambda module: False)
     assert "compiled by Triton, which is not installed" in reasons()

@@ -26,7 +26,7 @@ import torch
 
 from .backends._native_lib import load, missing_reason
 
-__all__ = ["DEVICES", "Facts", "Ranked", "find_facts", "importable", "rank_backends"]
+__all__ = ["DEVICES", "Facts", "Ranked", "find_facts", "importable", "nvidia_capability", "rank_backends"]
 
 #: Devices known by name: what `Facts.generation` says of a compute capability or an AMD architecture.
 DEVICES: dict[str, str] = {
@@ -200,6 +200,13 @@ def find_facts(device: torch.device | str) -> Facts:
             torch_kernels=_torch_kernels(),
         )
     return Facts(device.type, packages=packages)
+
+
+def nvidia_capability() -> tuple[int, int] | None:
+    """Compute capability of the current CUDA device; None on ROCm, and where torch sees no device."""
+    return (
+        None if torch.version.hip is not None or not torch.cuda.is_available() else torch.cuda.get_device_capability()
+    )
 
 
 def importable(module: str) -> bool:

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._identities import join_sinks
-from ._flash_kernels import TORCH_KERNELS, Asked, Kernel, Operands, on_amd
+from ..hardware import nvidia_capability
+from ._flash_kernels import TORCH_KERNELS, Asked, Kernel, Operands
 from ._flash_packages import PACKAGE_KERNELS
 from ._flash_rubbish import contained_backward, contained_forward
 from ._flash_segments import Segments, Variable, find_segments
@@ -118,9 +119,7 @@ class FlashBackend:
 
 
 def _asked(device: str, dtype: torch.dtype, width: int, backward: bool, deterministic: bool) -> Asked:
-    nvidia = device == "cuda" and not on_amd() and torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability() if nvidia else None
-    return Asked(device, dtype, width, backward, deterministic, capability)
+    return Asked(device, dtype, width, backward, deterministic, nvidia_capability() if device == "cuda" else None)
 
 
 @lru_cache(maxsize=256)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .._identities import join_sinks
-from ..hardware import importable
+from ..hardware import importable, nvidia_capability
 from ..plan import LayoutPlan
 from .base import Call, Gradients, Needs, Problem
 
@@ -63,6 +63,9 @@ class FlexBackend:
                 reasons.append(f"on GPUs it has head dims from {_GPU_NARROWEST} on, not {narrow}")
             if any(size % _GPU_BLOCK for size in problem.block_size):
                 reasons.append(f"on GPUs it has blocks of multiples of {_GPU_BLOCK} tokens, not {problem.block_size}")
+            capability = nvidia_capability()
+            if capability is not None and capability < (8, 0):
+                reasons.append(f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}")
             if not importable("triton"):
                 reasons.append("on GPUs it is compiled by Triton, which is not installed")
         return reasons
