@@ -128,7 +128,9 @@ def check_operands(q, k, v):
     assert q.dtype in (torch.bfloat16, torch.float16)
     assert q.shape[-1] == k.shape[-1] == v.shape[-1]
     assert q.shape[-1] % 8 == 0
-    assert all(x.stride(-1) == 1 for x in (q, k, v))
+    for x in (q, k, v):  # read 16 bytes at a time
+        assert x.stride(-1) == 1
+        assert all(step % 8 == 0 for step in (*x.stride()[:-1], x.storage_offset()))
 
 
 def kernel_forward(given, empty_lse):
@@ -379,6 +381,22 @@ def test_grouped_heads_are_not_copied(installed, kernel, package, release):
     assert given["q"].shape == (2, 24, 4, 24)  # 20 columns, to a multiple of 8
     assert given["k"].shape == given["v"].shape == (2, 24, 2, 24)
     assert given["softmax_scale"] == pytest.approx(20**-0.5)
+
+
+@pytest.mark.parametrize("variable", [False, True], ids=["dense", "documents"])
+@pytest.mark.parametrize("cut", [np.s_[..., :16], np.s_[..., 3:19], np.s_[..., ::2]], ids=["rows", "offset", "columns"])
+def test_any_strides(installed, cut, variable):
+    installed(FA2, flash_attn_2, "2.8.3")
+    wide = [torch.randn(2, 24, 2, 35).bfloat16() for _ in range(3)]
+    wide = [x[..., :32] if cut == np.s_[..., ::2] else x for x in wide]
+    leaves = [x[cut].requires_grad_() for x in wide]
+    ids = {"segment_ids": DOCUMENTS} if variable else {}
+    found = []
+    for operands in (leaves, [x.detach().contiguous().requires_grad_() for x in leaves]):
+        out = block_sparse_attention(*operands, dense(24), backend="flash", **ids)
+        found.append((out, *torch.autograd.grad(out.float().square().sum(), operands)))
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(("kernel", "package", "release"), RELEASES)

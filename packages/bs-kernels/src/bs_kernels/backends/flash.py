@@ -98,7 +98,7 @@ class FlashBackend:
             return call.no_gradients(grad_dtype)
         run = _Run(call, segments, backward=True)
         value_dim = call.v.shape[3]
-        do = run.queries(_widened(dout.to(call.q.dtype), run.width))
+        do = run.queries(_widened(dout.to(call.q.dtype), run.width, run.kernel.multiple))
         lse, delta = run.rows(lse.masked_fill(lse == _NEG_INF, _POS_INF)), run.rows(delta)
         out = torch.zeros_like(do)
         if not run.kernel.takes_delta:
@@ -200,7 +200,7 @@ class _Run:
         call = self.call
         # The kernels mask before they scale: a scale that is not positive would turn −∞ around. Its sign goes into q.
         q = call.q if call.scale > 0 else call.q * _sign(call)
-        q, k, v = (_widened(x.detach(), self.width) for x in (q, call.k, call.v))
+        q, k, v = (_widened(x.detach(), self.width, self.kernel.multiple) for x in (q, call.k, call.v))
         scale = abs(call.scale) or 1.0
         return Operands(
             self.queries(q), self._keys(k), self._keys(v), scale, self.segments, self.variable, call.deterministic
@@ -236,9 +236,12 @@ class _Run:
         return _placed(x.T, self.variable.q_index, self.call.q.shape[:2]).transpose(1, 2)
 
 
-def _widened(x: Tensor, width: int) -> Tensor:
-    """``x`` with columns of zeros up to ``width``."""
-    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+def _widened(x: Tensor, width: int, multiple: int) -> Tensor:
+    """``x`` with columns of zeros up to ``width``, laid out as kernels read it: ``multiple`` elements at a time."""
+    x = F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+    steps = (*x.stride()[:-1], x.storage_offset())
+    readable = x.stride(-1) == 1 and all(step % multiple == 0 for step in steps)
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
 def _picked(x: Tensor, index: Tensor | None) -> Tensor:
