@@ -15,6 +15,7 @@ from hypothesis import given, settings
 
 from bs_kernels import LayoutPlan, TokenMask, block_sparse_attention, merge_attention, partial_forward
 from bs_kernels._arguments import make_call
+from bs_kernels._recovery import _cut, _pieces
 from bs_kernels.backends.base import Needs
 from bs_kernels.dispatch import get_backend
 from bs_kernels.testing import (
@@ -38,7 +39,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from bs_kernels.backends.triton import launch  # noqa: E402  # after the two skips
 from bs_kernels.backends.triton.arguments import packed_heads  # noqa: E402
-from bs_kernels.backends.triton.config import Config  # noqa: E402
+from bs_kernels.backends.triton.config import Config, Target  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON = get_backend("triton")
@@ -300,6 +301,23 @@ def test_rows_in_pieces(splits, heads, monkeypatch):
     monkeypatch.setattr(launch, "merge_launch", lambda *given: merged.append(given[0].shape[0]) or merge(*given))
     assert_forward(decode(2, q_len=20, heads=heads, sinks=True, key_padding_mask=True))
     assert merged == [splits]
+
+
+def test_parts_of_a_call_are_cut_like_all_of_it(monkeypatch):
+    """When memory runs out for a call, the same bits come from calls over some of its heads."""
+    target = replace(Target.of(torch.device(DEVICE)), processors=16)
+    monkeypatch.setattr(launch.Target, "of", lambda device: target)
+    monkeypatch.setattr("bs_kernels.backends.triton.config._LEAST_STEPS", 1)
+    case = decode(2, heads=4)
+    call = make_call(moved(case.q), moved(case.k), moved(case.v), case.layout, causal=True)
+    config = next(launch.candidates(target, launch.arguments.shape_of(call, "forward")))
+    whole, _ = TRITON.forward(call, torch.float32)
+    for start in range(4):
+        for piece in _pieces(call, start, start + 1):
+            part = _cut(call, piece)
+            assert launch._splits(part, config) != launch._splits(call, config) > 1
+            out, _ = TRITON.forward(part, torch.float32)
+            assert torch.equal(out, whole[piece.batch, :, piece.q_heads])
 
 
 def test_queries_without_keys_in_pieces(monkeypatch):
