@@ -136,6 +136,8 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
         name = kind if kind in STARTS else f"{kind}-{density:g}-seed-{seed}"
         if (kind, density, seed) in done and (kind not in STARTS or (args.work / name / "results.json").exists()):
             continue
+        if args.collect and not (args.work / name / "results.json").exists():
+            continue
         print(name, flush=True)
         result = trained(name, settings_of(kind, density, seed, args), corpus, args.work)
         validation = result["validation"]
@@ -305,7 +307,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_quality"), help="run folders; safe to remove")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/quality.json")
-    parser.add_argument("--only-page", action="store_true")
+    parser.add_argument("--collect", action="store_true", help="take the runs that are finished, train nothing")
+    parser.add_argument("--only-page", action="store_true", help="write the page and the plot from the JSON alone")
     return parser.parse_args()
 
 
