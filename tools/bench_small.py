@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_cpu import DTYPES, contestants_of, machine, only, operands, runners, take_turns
+from cpu_cases import DTYPES, contestants_of, operands, runners
+from cpu_turns import machine, only, take_turns
 
 from bs_kernels import LayoutPlan, explain_backends
 from bs_patterns import BlockLayout
