@@ -33,6 +33,7 @@ from bs_modules import (
     BlockSparseAdaptive,
     BlockSparseHierarchical,
     BlockSparseRingDilatedAttention,
+    ProgressiveSparsityScheduler,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,7 @@ KEYS, VALUES, NOISE = 128, 64, 64
 WIDTH, HEADS, LAYERS = 64, 2, 2
 Batches = list[tuple[Tensor, Tensor]]
 FIXED = ("local_window", "dilated_sparse", "global_local")
+LEARNED = ("hierarchical", "adaptive", "adaptive_undistilled", "adaptive_warmed")
 
 
 def recall_batch(generator: torch.Generator, batch: int, length: int, pairs: int) -> tuple[Tensor, Tensor]:
@@ -104,7 +106,7 @@ def attention_of(kind: str, density: float, args: argparse.Namespace) -> nn.Modu
             "learnable_temperature": False,
             "min_temperature": 0.01,
             "gate": args.gate,
-            "distill_rows": 0 if kind == "adaptive_undistilled" else args.distill_rows,
+            "distill_rows": args.distill_rows if kind == "adaptive" else 0,
         }
         return BlockSparseAdaptive(sparse_config=config, num_heads=HEADS, head_dim=WIDTH // HEADS)
     if kind == "hierarchical":
@@ -144,8 +146,12 @@ def train(
     rate: float,
     seed: int,
     gate: argparse.Namespace | None = None,
+    warm_to: float | None = None,
 ) -> float:
-    """Trains on batches of one shape, gates annealed and distilled as `gate` says; returns process seconds."""
+    """Trains on batches of one shape, gates annealed and distilled as `gate` says; returns process seconds.
+
+    With `warm_to` the gates start nearly dense and fall to this density, colder and with a smaller rate.
+    """
     generator = torch.Generator().manual_seed(seed)
     scorers = [p for name, p in model.named_parameters() if "scorer" in name]
     others = [p for name, p in model.named_parameters() if "scorer" not in name]
@@ -153,10 +159,15 @@ def train(
     trainer = None
     if scorers and gate is not None:
         groups.append({"params": scorers})
-        rates.append(gate.gate_rate)
+        rates.append(gate.gate_rate if warm_to is None else gate.warm_rate)
         gates = [module for module in model.modules() if isinstance(module, BlockSparseAdaptive)]
         weight = gate.distillation_weight if gates[0].sparse_config.distill_rows else 0.0
-        trainer = AdaptiveSparsityTrainer(model, *gate.temperatures, annealing_steps=steps, distillation_weight=weight)
+        temperatures = gate.temperatures if warm_to is None else gate.warm_temperatures
+        trainer = AdaptiveSparsityTrainer(model, *temperatures, annealing_steps=steps, distillation_weight=weight)
+    scheduler = None
+    if gate is not None and warm_to is not None:
+        falling = int(gate.warm_share * steps)
+        scheduler = ProgressiveSparsityScheduler(model, 1 - gate.warm_from, 1 - warm_to, falling, schedule="cosine")
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1)
     start = time.process_time()
@@ -174,6 +185,8 @@ def train(
         schedule.step()
         if trainer is not None:
             trainer.step()
+        if scheduler is not None:
+            scheduler.step()
     return time.process_time() - start
 
 
@@ -194,7 +207,8 @@ def contest(
     model = Recall(lambda: attention_of(kind, density, args))
     model.load_state_dict(base.state_dict(), strict=False)  # a gate has parameters that the dense model lacks
     before = accuracy(model, test)
-    seconds = train(model, args.steps, (args.batch, args.length, args.pairs), args.rate, 2000 + seed, args)
+    warm_to = density if kind == "adaptive_warmed" else None
+    seconds = train(model, args.steps, (args.batch, args.length, args.pairs), args.rate, 2000 + seed, args, warm_to)
     after = accuracy(model, test)
     attentions: Any = [layer.attention for layer in model.layers]  # pyright: ignore[reportAttributeAccessIssue]
     met = statistics.mean(attention.get_pattern_stats()["density"] for attention in attentions)
@@ -204,7 +218,7 @@ def contest(
 
 def quality(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Accuracy of every contestant, density and seed."""
-    contestants: list[tuple[str, float]] = [("dense", 1.0)]
+    contestants: list[tuple[str, float]] = [] if args.add else [("dense", 1.0)]
     contestants += [(kind, density) for density in args.densities for kind in args.kinds]
     held = torch.Generator().manual_seed(10**6)
     test = [recall_batch(held, 8, args.length, args.pairs) for _ in range(args.test)]
@@ -291,6 +305,11 @@ distillation from {s["distill_rows"]} queries with weight {s["distillation_weigh
 {s["block"]} by {s["block"]}. Accuracy over {8 * s["test"]} held-out sequences, mean over seeds (least to most).
 *Before* is without training over long sequences: for the gate, its ranking by pooled queries and keys alone.
 `adaptive_undistilled` is the gate with the gradient of the task alone."""
+    if any(row["kind"] == "adaptive_warmed" for row in rows):
+        text += f"""
+`adaptive_warmed` too, but it starts at a density of {s["warm_from"]}, which falls to the one asked for over
+{s["warm_share"]:.0%} of the steps, with the temperature going from {s["warm_temperatures"][0]} to
+{s["warm_temperatures"][1]} and a rate of {s["warm_rate"]} for the scorer."""
     seeds = len({row["seed"] for row in rows})
     lines = [
         f"| attention ({seeds} seeds) | density asked | met | before | accuracy | processor s |",
@@ -333,7 +352,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("quality", "overhead"))
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.05])
-    parser.add_argument("--kinds", nargs="+", default=[*FIXED, "hierarchical", "adaptive", "adaptive_undistilled"])
+    parser.add_argument("--kinds", nargs="+", default=[*FIXED, *LEARNED])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--length", type=int, default=1024)
@@ -349,6 +368,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--distill-rows", type=int, default=256)
     parser.add_argument("--distillation-weight", type=float, default=2.0)
     parser.add_argument("--temperatures", type=float, nargs=2, default=[0.2, 0.05])
+    parser.add_argument("--warm-from", type=float, default=0.9, help="density that adaptive_warmed starts from")
+    parser.add_argument("--warm-share", type=float, default=0.7, help="of the steps, in which its density falls")
+    parser.add_argument("--warm-rate", type=float, default=3e-3)
+    parser.add_argument("--warm-temperatures", type=float, nargs=2, default=[0.02, 0.01])
     parser.add_argument("--test", type=int, default=4, help="batches of 8 sequences")
     parser.add_argument("--overhead-densities", type=float, nargs="+", default=[0.1, 0.2])
     parser.add_argument("--rounds", type=int, default=7)
