@@ -19,6 +19,7 @@ from bs_comm import Placement
 from bs_kernels import BatchedLayout
 from bs_patterns import BlockLayout
 
+from ._gate_documents import read_documents
 from ._gate_losses import distillation_loss
 from ._gate_noise import draw_rows
 from ._gate_room import Room
@@ -86,8 +87,6 @@ def pick_over_ring(
         dead = k_blocks.in_order(torch.cat(session.roll_call.tensors(dead.t(), k_blocks.counts))).t()
     real_q, real_k, labels = None, x.key_padding, None
     if segment_ids is not None:
-        from ._gate_documents import read_documents
-
         blocks = gate.sparse_config.blocks
         packed = read_documents(segment_ids, (q.shape[0], *lengths), blocks, is_causal, whole, dead)
         whole, real_q, at = packed.room, packed.query_tokens, k_blocks.positions(k.device)
@@ -129,8 +128,8 @@ def anywhere(blocks: tuple[int, int], lengths: tuple[int, int], is_causal: bool)
 def _rows_of(room: Room, rows: Tensor) -> Room:
     cut: dict[str, Any] = {name: getattr(room, name)[..., rows, :] for name in ("readable", "kept")}
     cut |= {name: getattr(room, name)[..., rows] for name in ("budget", "least", "most")}
-    if (unread := getattr(room, "unread", None)) is not None:
-        cut["unread"] = unread[..., rows, :]
+    if room.unread is not None:
+        cut["unread"] = room.unread[..., rows, :]
     return replace(room, **cut, distance=room.distance[rows])
 
 
