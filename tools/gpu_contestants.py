@@ -311,13 +311,15 @@ def decoders_of(setting: Setting, layout: BlockLayout, device: Device) -> tuple[
     plan = LayoutPlan.build(layout, TokenMask(), device.name)
     own = partial(block_sparse_attention, q, k, v, plan, backend="triton")
 
-    def whole() -> torch.Tensor:
-        pieces = launch.pieces
-        launch.pieces = lambda *_: 1
+    module: Any = launch
+    pieces = module.pieces
+
+    def whole() -> Any:
+        module.pieces = lambda *_: 1
         try:
-            return own()  # type: ignore[return-value]
+            return own()
         finally:
-            launch.pieces = pieces
+            module.pieces = pieces
 
     found, notes = {}, []
     for name, run in {"triton": own, "triton in one piece": whole, **_dense(setting, inputs)[0]}.items():
