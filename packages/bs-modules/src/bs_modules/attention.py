@@ -380,8 +380,8 @@ class BlockSparseAttention(nn.Module):
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._layouts: OrderedDict[tuple[Any, ...], BlockLayout] = OrderedDict()
-        # For compiled graphs. One that finds its plan prepared serves other modules that have it too; one whose plan was
-        # made while tracing serves its module alone, and reads it from an attribute, which no later plan disturbs.
+        # For compiled graphs. One that finds its plan prepared serves other modules that have it too; one whose plan
+        # was made while tracing serves its module alone, and reads it from an attribute, which no later plan disturbs.
         self._plans: dict[tuple[Any, ...], LayoutPlan] = {}
         self._traced_plans = TracedPlans()
 
