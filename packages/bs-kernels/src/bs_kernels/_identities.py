@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .backends.native import native_delta
 
@@ -41,7 +42,7 @@ def _is_plain(tensors: list[Tensor]) -> bool:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
-    return all(type(x) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+    return all(type(x) is Tensor and not is_functorch_wrapped_tensor(x) for x in tensors)
 
 
 def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
