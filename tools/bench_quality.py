@@ -131,6 +131,7 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
     if found and (found["settings"] != settings or found["text"] != facts):
         raise SystemExit(f"{args.out} holds runs of other settings or on another text; give another --out")
     found.update({"machine": machine, "text": facts, "settings": settings, "rows": found.get("rows", [])})
+    found["plan"] = {"seeds": args.seeds, "densities": args.densities, "kinds": args.kinds}
     done = {key(row) for row in found["rows"]}
     for kind, density, seed in contests(args):
         name = kind if kind in STARTS else f"{kind}-{density:g}-seed-{seed}"
@@ -211,7 +212,23 @@ same kernel at density 1), torch {machine["torch"]}, Python {machine["python"]}.
         lines.append(f"| {kind} | {asked:g} | {met:.4f} | {spread(rows)} | {gaps} | {at} | {len(rows)} |")
     before = f"The model that all start from: {extended[0]['bits_per_byte']:.4f} bits per byte."
     asked = "Means over seeds (least to most); *worse than dense* compares runs of the same seed."
-    return "\n".join([text, f"{before} {asked}", "", *lines, "", *verdicts(cases)]) + "\n"
+    end = [*verdicts(cases), "", *missing(found)]
+    return "\n".join([text, f"{before} {asked}", "", *lines, "", *end]).rstrip() + "\n"
+
+
+def missing(found: dict[str, Any]) -> list[str]:
+    """What the plan holds and no one has measured yet."""
+    done, lines = {key(row) for row in found["rows"]}, []
+    for density in found["plan"]["densities"]:
+        seeds_of: dict[str, list[str]] = {}
+        for kind in found["plan"]["kinds"]:
+            left = [str(seed) for seed in range(found["plan"]["seeds"]) if (kind, density, seed) not in done]
+            if left:
+                seeds_of[kind] = left
+        if seeds_of:
+            told = ", ".join(f"{kind} (seed {' and '.join(left)})" for kind, left in seeds_of.items())
+            lines.append(f"- density {density:g}: {told}.")
+    return ["Not yet measured; the same command goes on with these:", "", *lines] if lines else []
 
 
 def spread(rows: list[dict[str, Any]]) -> str:
