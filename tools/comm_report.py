@@ -55,10 +55,10 @@ the third step, and its payload is a share of what it compresses since then.""",
 _HEAD = """\
 # bs-comm, measured
 
-Made by `python tools/bench_comm.py`; the raw figures are in `comm.json`. All ranks are gloo processes on one machine. \
-Load is the machine's load average when a section (of the slow links: its last piece) began; above 3 other work ran beside \
-it and took cores, so that seconds of compute, and speedups at 8 ranks, are worse than they would be alone; bytes and errors \
-are not touched by that. Not measured: NCCL, several machines.
+Made by `python tools/bench_comm.py`; the raw figures are in `comm.json`. All ranks are gloo processes on one
+machine. Load is the machine's load average when a section (of the slow links: its last piece) began; above 3 other
+work ran beside it and took cores, so that seconds of compute, and speedups at 8 ranks, are worse than they would be
+alone; bytes and errors are not touched by that. Not measured: NCCL, several machines.
 """
 
 
