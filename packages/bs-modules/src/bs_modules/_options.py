@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypedDict, TypeVar
+from functools import wraps
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 
@@ -37,8 +38,14 @@ def with_options_of(base: Callable[..., Any]) -> Callable[[F], F]:
         signature = inspect.signature(constructor)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         more = [p for p in options if p.name not in signature.parameters]
-        constructor.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportFunctionMemberAccess]
-        return constructor
+
+        @wraps(constructor)
+        def shown(self: Any, *args: Any, **kwargs: Any) -> None:
+            constructor(self, *args, **kwargs)
+
+        del shown.__wrapped__  # whose source has fewer arguments, which Sphinx compares
+        shown.__signature__ = signature.replace(parameters=[*own, *more])  # pyright: ignore[reportAttributeAccessIssue]
+        return cast(F, shown)
 
     return show
 
