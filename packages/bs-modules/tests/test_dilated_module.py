@@ -147,18 +147,21 @@ def test_copies(copied):
     assert module.state_dict() == {}
 
 
-def test_compiles_into_one_graph_after_prepare():
+@pytest.mark.parametrize("prepared", [False, True])
+def test_compiles_into_one_graph(prepared):
     from torch._dynamo.testing import CompileCounter
 
+    torch._dynamo.reset()
     module = DilatedAttention(*BRANCHES)
-    module.prepare(70, True, num_heads=4)
+    if prepared:
+        module.prepare(70, True, num_heads=4)
     counter = CompileCounter()
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     q, k, v = tensors()
-    assert torch.equal(compiled(q, k, v, True), module(q, k, v, True))
+    out = compiled(q, k, v, True)
+    assert torch.equal(compiled(q, k, v, True), out)
     assert counter.frame_count == 1
-    torch.compiler.reset()
-    assert torch.equal(torch.compile(module, backend="eager")(q, k, v), module(q, k, v))  # with a graph break
+    assert torch.equal(module(q, k, v, True), out)
 
 
 def test_mixed_precision():

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import index
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from bs_kernels import BatchedLayout, LayoutPlan
 from bs_patterns import BlockLayout, LocalWindow
@@ -27,6 +27,7 @@ from ._gate_room import Room, make_room
 from ._gate_scorer import ImportanceScorer
 from ._gate_select import Selection, logits_of, noisy, select_blocks
 from ._options import AttentionOptions, one_config, with_options_of
+from ._tracing import while_tracing
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
 from .config import CheckedConfig, SparsePatternConfig
 
@@ -261,15 +262,25 @@ class BlockSparseAdaptive(BlockSparseAttention):
         return (*super()._fingerprint(), given.fingerprint() if isinstance(given, CheckedConfig) else given)
 
     def _room(self, lengths: tuple[int, int], is_causal: bool, device: torch.device, heads: int) -> Room:
+        if torch.compiler.is_compiling():
+            lengths, heads = (index(lengths[0]), index(lengths[1])), index(heads)
         key = (lengths, is_causal, device, heads, self._fingerprint())
         found = self._rooms.get(key)
-        return _room_outside_graph(self, key) if found is None else found
+        if found is not None:
+            return found
+        if torch.compiler.is_compiling():
+            return getattr(self._traced_plans, _room_while_tracing(self, lengths, is_causal, device, heads))
+        room = self._make_room(lengths, is_causal, device, heads)
+        with self._lock:
+            self._rooms[key] = room
+            while len(self._rooms) > _ROOMS_KEPT:
+                del self._rooms[next(iter(self._rooms))]
+        return room
 
-    def _make_room(self, key: tuple[Any, ...]) -> Room:
-        lengths, is_causal, device, heads, _ = key
+    def _make_room(self, lengths: tuple[int, int], is_causal: bool, device: torch.device, heads: int) -> Room:
         config = self.sparse_config
         config.validate()
-        room = make_room(
+        return make_room(
             lengths,
             config.blocks,
             is_causal,
@@ -278,11 +289,6 @@ class BlockSparseAdaptive(BlockSparseAttention):
             lambda grid: self._candidate_layout(grid, is_causal, heads),
             device,
         )
-        with self._lock:
-            self._rooms[key] = room
-            while len(self._rooms) > _ROOMS_KEPT:
-                del self._rooms[next(iter(self._rooms))]
-        return room
 
     def _candidate_layout(self, lengths: tuple[int, int], is_causal: bool, heads: int) -> BlockLayout | None:
         segments, given, density = self._candidates(), self.candidates, None
@@ -320,7 +326,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
     def prepare(
         self, seq_len: int | tuple[int, int], is_causal: bool = False, num_heads: int | None = None
     ) -> BlockLayout:
-        """Prepares the budgets of a length ahead of the first call; `torch.compile(fullgraph=True)` needs that.
+        """Prepares the budgets of a length ahead of the first call; see `BlockSparseAttention.prepare`.
 
         Args:
             seq_len: Tokens, or a (query, key) pair.
@@ -466,16 +472,13 @@ class BlockSparseAdaptive(BlockSparseAttention):
         return state
 
 
-# Only its first call in compiled code imports the compiler; what it makes is numpy's work.
-def _room_of(module: BlockSparseAdaptive, key: tuple[Any, ...]) -> Room:
-    return module._make_room(key)
-
-
-_room_in_graph_break = _disable_dynamo(_room_of)
-
-
-def _room_outside_graph(module: BlockSparseAdaptive, key: tuple[Any, ...]) -> Room:
-    return _room_in_graph_break(module, key) if torch.compiler.is_compiling() else _room_of(module, key)
+@while_tracing
+def _room_while_tracing(
+    module: BlockSparseAdaptive, lengths: tuple[int, int], is_causal: bool, device: torch.device, heads: int
+) -> str:
+    """Leaves what may be picked where the graph that is being traced looks for it; returns the attribute's name."""
+    key = (lengths, is_causal, device, heads, module._fingerprint())
+    return module._traced_plans.name_of(key, lambda: module._make_room(lengths, is_causal, device, heads))
 
 
 def _dead_blocks(key_padding_mask: Tensor, block: int) -> Tensor:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from bs_kernels import DilatedPlan, dilated_attention
 from bs_patterns import BlockLayout
 
 from ._checks import check_int
 from ._dilated_explain import DilatedExplanation, explain_dilated
+from ._tracing import while_tracing
 from .attention import BlockSparseAttention, _half_dtype
 from .config import SparsePatternConfig
 
@@ -120,21 +121,26 @@ class DilatedAttention(BlockSparseAttention):
         with self._lock:
             found = self._dilated_plans.get(key)
         if found is None:
-            found = DilatedPlan.build(
-                self.segment_lengths,
-                self.dilation_rates,
-                lengths,
-                num_heads,
-                causal=is_causal,
-                combine=self.combine,
-                segment_layout=self._segment_layout(is_causal),
-                device=device,
-            )
+            found = self._make_plan(lengths, is_causal, num_heads, device)
             with self._lock:
                 self._dilated_plans[key] = found
                 while len(self._dilated_plans) > _PLANS_KEPT:
                     del self._dilated_plans[next(iter(self._dilated_plans))]
         return found
+
+    def _make_plan(
+        self, lengths: tuple[int, int], is_causal: bool, num_heads: int, device: torch.device
+    ) -> DilatedPlan:
+        return DilatedPlan.build(
+            self.segment_lengths,
+            self.dilation_rates,
+            lengths,
+            num_heads,
+            causal=is_causal,
+            combine=self.combine,
+            segment_layout=self._segment_layout(is_causal),
+            device=device,
+        )
 
     def _segment_layout(self, is_causal: bool) -> Any:
         return None if self.sparse_config is None else partial(_pattern_of_rows, self.sparse_config, is_causal)
@@ -262,13 +268,13 @@ class DilatedAttention(BlockSparseAttention):
         return self._computed(q, k, v, partial(dilated_attention, **branches, **arguments))
 
     def _known_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> DilatedPlan:
-        lengths, heads = (q.shape[1], k.shape[1]), q.shape[2]
         if not torch.compiler.is_compiling():
-            return self._plan_of(lengths, is_causal, heads, q.device)
+            return self._plan_of((q.shape[1], k.shape[1]), is_causal, q.shape[2], q.device)
+        lengths, heads = (index(q.shape[1]), index(k.shape[1])), index(q.shape[2])
         key = (lengths, is_causal, heads, q.device, self._fingerprint())
         if key in self._dilated_plans:
             return self._dilated_plans[key]
-        return _plan_outside_graph(self, lengths, is_causal, heads, q.device)
+        return getattr(self._traced_plans, _plan_while_tracing(self, lengths, is_causal, heads, q.device))
 
     def _layout_or_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> DilatedPlan:
         # Overridden, which tells whoever wants attention weights that `layout` alone does not determine them.
@@ -339,9 +345,10 @@ def _pattern_of_rows(config: SparsePatternConfig, is_causal: bool, rows: int) ->
     )
 
 
-# Only compiled code calls this one: its first call imports the compiler, which eager users never wait for.
-@_disable_dynamo
-def _plan_outside_graph(
+@while_tracing
+def _plan_while_tracing(
     module: DilatedAttention, lengths: tuple[int, int], is_causal: bool, num_heads: int, device: torch.device
-) -> DilatedPlan:
-    return module._plan_of(lengths, is_causal, num_heads, device)
+) -> str:
+    """Leaves a plan where the graph that is being traced looks for it; returns the attribute's name."""
+    key = (lengths, is_causal, num_heads, device, module._fingerprint())
+    return module._traced_plans.name_of(key, lambda: module._make_plan(lengths, is_causal, num_heads, device))
