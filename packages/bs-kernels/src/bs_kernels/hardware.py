@@ -127,7 +127,7 @@ def rank_backends(facts: Facts) -> tuple[Ranked, ...]:
     """
     if facts.device == "cpu":
         return (
-            Ranked("native", facts.native_missing or f"the C++ core, {facts.native_isa or 'compiled'}"),
+            Ranked("native", facts.native_missing or "the C++ core"),
             Ranked("flash", "torch's CPU kernel, where a layout is dense per segment"),
             Ranked("torch", "PyTorch operations: computes everything"),
             Ranked("flex", "unfused and dense here, forward only: runs when named", automatic=False),
