@@ -14,10 +14,10 @@ that every skipped block is time saved. Times are medians over rounds; η is the
 (least to most), each round against its own dense run. “Both” is forward and backward. Load is the machine's load
 average when a section began.
 
-Wide intervals at low density: the native core asks for large pages, and results of tens of megabytes are fresh memory in
-every call. On this virtual machine the first touch of such memory is now and then slow: one call of 110 ms took 232 ms,
-268 ms of it (over two threads) in the system. A float32 run at D = 128, 8,192 tokens and 5 % took 101 to 119 ms in most
-calls, 202 and 219 ms in two of fourteen, and 137 to 153 ms without large pages.
+Wide intervals at low density: the native core asks for large pages, and results of tens of megabytes are fresh memory
+in every call. On this virtual machine the first touch of such memory is now and then slow: one call of 110 ms took
+232 ms, 268 ms of it (over two threads) in the system. A float32 run at D = 128, 8,192 tokens and 5 % took 101 to 119 ms
+in most calls, 202 and 219 ms in two of fourteen, and 137 to 153 ms without large pages.
 """
 
 

@@ -72,6 +72,11 @@ def test_the_dense_kernel_of_each_generation(capability, packages, first):
     assert rank_backends(facts)[1].why.startswith(first)
 
 
+def test_dense_layouts_leave_the_core_where_it_has_no_vector_instructions():
+    first = {isa: rank_backends(Facts("cpu", native_isa=isa))[0].name for isa in ("portable", "avx2", "avx512")}
+    assert first == {"portable": "flash", "avx2": "native", "avx512": "native"}
+
+
 def test_facts_of_this_machine():
     facts = find_facts("cpu")
     assert facts.capability is None

@@ -3,8 +3,8 @@
 The decision, made here and nowhere else:
 
 - CPU: ``native`` (the C++ core: every layout, and faster than torch's own kernel on dense ones), ``flash`` (torch's CPU
-  kernel, for layouts that are dense per segment, where the core is missing or has no such dtype), ``torch``
-  (everything), ``reference``.
+  kernel, for layouts that are dense per segment, where the core is missing, has no such dtype or is the portable one),
+  ``torch`` (everything), ``reference``.
 - CUDA and ROCm: ``triton`` (the whole contract, deterministic), ``flash`` (layouts that are dense per segment, through
   the flash-attn package of the device or torch's own kernels), ``flex``, ``torch``, ``reference``.
 - any other device: ``torch``, ``reference``.
@@ -126,9 +126,12 @@ def rank_backends(facts: Facts) -> tuple[Ranked, ...]:
         Every backend once, the first choice first. Whether one can compute a given call is its own answer.
     """
     if facts.device == "cpu":
+        native = Ranked("native", facts.native_missing or "the C++ core")
+        flash = Ranked("flash", "torch's CPU kernel, where a layout is dense per segment")
+        # Without vector instructions torch's own kernel is faster on what it computes (docs/benchmarks/cpu.md).
+        portable = facts.native_isa == "portable"
         return (
-            Ranked("native", facts.native_missing or "the C++ core"),
-            Ranked("flash", "torch's CPU kernel, where a layout is dense per segment"),
+            *((flash, native) if portable else (native, flash)),
             Ranked("torch", "PyTorch operations: computes everything"),
             Ranked("flex", "unfused and dense here, forward only: runs when named", automatic=False),
             Ranked("triton", "an interpreter here: runs when named", automatic=False),
