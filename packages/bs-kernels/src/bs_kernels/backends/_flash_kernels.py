@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -297,7 +298,7 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.zeros(2, dtype=torch.uint64, device=device), torch.zeros((), dtype=torch.uint64, device=device)
 
 
-class _HeadMajor(_TorchKernel):
+class _HeadMajor(_TorchKernel, ABC):
     """Kernels inside torch for dense calls, full or causal, with operands [B, H, S, X]."""
 
     check = ""
@@ -318,11 +319,13 @@ class _HeadMajor(_TorchKernel):
         dq, dk, dv = (t.transpose(1, 2) for t in self._backward(x, do, q, k, v, o, lse))
         return dq, _sum_groups(dk, x.group), _sum_groups(dv, x.group)
 
-    def _forward(self, x: Operands, q: Tensor, k: Tensor, v: Tensor) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _forward(self, x: Operands, q: Tensor, k: Tensor, v: Tensor) -> Any: ...
 
-    def _backward(self, x: Operands, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _backward(
+        self, x: Operands, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Any: ...
 
 
 class _TorchCudnn(_HeadMajor):

@@ -13,6 +13,7 @@ Source:
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -31,7 +32,7 @@ def parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(getattr(function, "_init_fn", function)).parameters)
 
 
-class _Package:
+class _Package(ABC):
     """What the three have in common."""
 
     name, multiple, takes_delta, widest = "", 8, False, 256
@@ -49,8 +50,8 @@ class _Package:
             reasons.append(f"{self.name} has head dims up to {self.widest}{less}, not {asked.width}")
         return reasons
 
-    def _device_reasons(self, asked: Asked) -> list[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def _device_reasons(self, asked: Asked) -> list[str]: ...
 
     def refuses(self, x: Operands) -> list[str]:
         try:
@@ -59,9 +60,9 @@ class _Package:
             return [f"{self.name} is installed but cannot be used: {type(error).__name__}: {error}".split("\n")[0]]
         return []
 
+    @abstractmethod
     def functions(self, variable: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """Its forward and backward; the package is imported here."""
-        raise NotImplementedError
 
     def _result(self, x: Operands, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         want = (x.q.shape[-2], x.q.shape[0]) if x.variable is not None else (x.q.shape[0], *x.q.shape[2:0:-1])
