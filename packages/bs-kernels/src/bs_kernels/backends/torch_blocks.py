@@ -27,9 +27,10 @@ __all__ = ["TorchBackend"]
 _NEG_INF = float("-inf")
 _LOG2_E = math.log2(math.e)
 
-#: Elements of a chunk's score tile: about the size of a core's L2 cache on a CPU, enough to fill a GPU.
-_BUDGET = {"cpu": 1 << 18}
-_BUDGET_ELSEWHERE = 1 << 25
+#: Elements of a chunk's score tile: for each CPU thread about a core's L2 cache, elsewhere enough to fill a GPU.
+_PER_THREAD = 1 << 18
+_MOST_THREADS = 16  # beyond, more workspace buys nothing
+_ELSEWHERE = 1 << 25
 
 
 class TorchBackend:
@@ -64,7 +65,7 @@ class _Run(ExitStack):
         self.dtype = call.accumulate_dtype
         grouping = Grouping.of(plan, batch, q_heads, kv_heads)
         self.group, self.head_units = grouping.group, grouping.head_units
-        self.places = places_of(plan, grouping, _BUDGET.get(call.q.device.type, _BUDGET_ELSEWHERE))
+        self.places = places_of(plan, grouping, _budget(call.q.device))
         used = self.places.schedule.used
         self.frame = Frame(call, used)
         self.queries = QueryBlocks.of(plan, batch, self.head_units, self.group)
@@ -225,6 +226,13 @@ class _Tiles:
         """Where ``leftᵀ @ right`` goes."""
         shape = (left.shape[0], left.shape[2], right.shape[2])
         return self.part[: math.prod(shape)].view(shape)
+
+
+def _budget(device: torch.device) -> int:
+    """Elements of a chunk's score tile."""
+    if device.type != "cpu":
+        return _ELSEWHERE
+    return _PER_THREAD * min(torch.get_num_threads(), _MOST_THREADS)
 
 
 @functools.cache
