@@ -111,6 +111,14 @@ def lying_header() -> bytes:
     return stream.getvalue()
 
 
+def misplaced() -> bytes:
+    """An archive whose directory claims to lie further back than it does, so that members start before the file."""
+    content = bytearray(members(header=HEADER, indptr=INDPTR, indices=INDICES))
+    at = content.rindex(b"PK\5\6") + 16
+    content[at : at + 4] = (int.from_bytes(content[at : at + 4], "little") + 20).to_bytes(4, "little")
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -133,6 +141,7 @@ def lying_header() -> bytes:
         members(header=HEADER, indptr=np.asfortranarray(np.array([[0, 1, 2], [2, 2, 2]])), indices=INDICES),
         compressed(),
         lying_header(),
+        misplaced(),
     ],
 )
 def test_corrupt_or_hostile_files_are_refused(content, tmp_path):

@@ -6,6 +6,7 @@ that a damaged or hostile file costs no more memory than its own size and ends i
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from typing import IO, TYPE_CHECKING, Any
@@ -60,7 +61,9 @@ def _read(handle: IO[bytes], name: str) -> BlockLayout:
             arrays = {key: _member(archive, f"{key}.npy", dtype) for key, dtype in _MEMBERS.items()}
             if len(archive.namelist()) != len(_MEMBERS):
                 raise ValueError(f"expected the arrays {sorted(_MEMBERS)} alone, got {archive.namelist()}")
-    except (BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, SyntaxError) as error:
+    except (BadZipFile, ValueError, KeyError, EOFError, OSError, RuntimeError, SyntaxError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # the file cannot be read; EINVAL is a seek to an offset that a damaged archive names
         raise ValueError(f"{name}: expected a layout file written by BlockLayout.save, got {error}") from error
     header = arrays["header"]
     if header.shape != (6,) or header[0] != _FORMAT or header[5] not in (0, 1):
