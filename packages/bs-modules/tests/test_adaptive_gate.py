@@ -19,8 +19,8 @@ from bs_patterns import BlockLayout, LocalWindow
 CPU = torch.device("cpu")
 
 
-def room_of(lengths, blocks=(4, 4), causal=True, density=0.4, most=None, candidates=lambda lengths: None):
-    return make_room(lengths, blocks, causal, density, most, candidates, CPU)
+def room_of(lengths, blocks=(4, 4), causal=True, density=0.4, most=None, candidates=lambda lengths: None, window=None):
+    return make_room(lengths, blocks, causal, density, most, candidates, CPU, window)
 
 
 def scored(seed, batch, heads, room, dtype=torch.float64):
@@ -29,11 +29,12 @@ def scored(seed, batch, heads, room, dtype=torch.float64):
 
 
 sizes = st.sampled_from([(1, 4), (4, 4), (3, 5), (8, 4), (1, 1)])
+windows = st.sampled_from([None, 1, 5, 16])
 
 
-@given(length=st.integers(1, 90), blocks=sizes, causal=st.booleans(), density=st.floats(0.01, 1.0))
-def test_budgets_meet_the_density_within_one_half(length, blocks, causal, density):
-    room = room_of((length, length), blocks, causal, density)
+@given(length=st.integers(1, 90), blocks=sizes, causal=st.booleans(), density=st.floats(0.01, 1.0), window=windows)
+def test_budgets_meet_the_density_within_one_half(length, blocks, causal, density, window):
+    room = room_of((length, length), blocks, causal, density, window=window)
     allowed = BlockLayout.from_dense(
         np.ones((1, *room.readable.shape[1:]), bool) & (room.readable | room.kept).numpy(),
         block_size=blocks,
@@ -46,16 +47,18 @@ def test_budgets_meet_the_density_within_one_half(length, blocks, causal, densit
     least = int(room.least.sum())
     total = int(room.budget.sum())
     assert abs(total - max(density * room.allowed, least)) <= 0.5 + 1e-6
-    if blocks[0] <= blocks[1]:  # the rule that fixed patterns keep, for at most two kept blocks in a row
+    if (
+        blocks[0] <= blocks[1] and window is None
+    ):  # the rule that fixed patterns keep, for at most two kept blocks in a row
         assert abs(total - max(density * room.allowed, rows)) <= rows
     assert (room.budget >= room.least).all()
     assert (room.budget <= (room.readable | room.kept).sum(-1)).all()
     assert room.met == pytest.approx(total / room.allowed)
 
 
-@given(length=st.integers(2, 70), blocks=sizes)
-def test_readable_blocks_end_before_the_rows_first_position(length, blocks):
-    room = room_of((length, length), blocks)
+@given(length=st.integers(2, 70), blocks=sizes, window=windows)
+def test_readable_blocks_end_before_the_rows_first_position(length, blocks, window):
+    room = room_of((length, length), blocks, window=window)
     first = torch.arange(room.readable.shape[1]) * blocks[0]
     last_key = ((torch.arange(room.readable.shape[2]) + 1) * blocks[1]).clamp(max=length) - 1
     assert not (room.readable[0] & (last_key >= first[:, None])).any()
@@ -64,10 +67,18 @@ def test_readable_blocks_end_before_the_rows_first_position(length, blocks):
     assert room.kept[0, torch.arange(len(first)), own].all()  # the diagonal is always there
 
 
-@given(queries=st.integers(1, 40), length=st.integers(1, 40), blocks=st.sampled_from([(1, 4), (4, 4)]))
-def test_decoding_takes_the_budgets_of_its_positions(queries, length, blocks):
+@given(length=st.integers(1, 60), blocks=sizes, causal=st.booleans(), window=st.integers(1, 30))
+def test_a_window_is_kept_and_the_rest_is_as_it_was(length, blocks, causal, window):
+    near = LocalWindow(window).layout(length, block_size=blocks, causal=causal).to_dense()[0]
+    without, room = (room_of((length, length), blocks, causal, window=size) for size in (None, window))
+    assert torch.equal(room.kept[0], without.kept[0] | torch.from_numpy(near))
+    assert torch.equal(room.kept | room.readable, without.kept | without.readable)
+
+
+@given(queries=st.integers(1, 40), length=st.integers(1, 40), blocks=st.sampled_from([(1, 4), (4, 4)]), window=windows)
+def test_decoding_takes_the_budgets_of_its_positions(queries, length, blocks, window):
     queries = min(queries, length)
-    whole, part = room_of((length, length), blocks), room_of((queries, length), blocks)
+    whole, part = (room_of((n, length), blocks, window=window) for n in (length, queries))
     start = length - queries
     if blocks[0] == 1 or start % blocks[0] == 0:
         rows = slice(start // blocks[0], None)

@@ -18,9 +18,9 @@ POOLINGS = ("mean_max", "mean", "max")
 class AdaptiveConfig(CheckedConfig):
     """How many blocks a learned gate keeps, and how it scores them.
 
-    Assigning to a field checks it at once. `base_sparsity`, `max_density`, `min_temperature`, `gate`, `block_size` and
-    `distill_rows` take effect at the next call of the modules that hold the config; the other fields say what
-    parameters a module is made with, and are read when it is made.
+    Assigning to a field checks it at once. `base_sparsity`, `max_density`, `min_temperature`, `gate`, `block_size`,
+    `window_size` and `distill_rows` take effect at the next call of the modules that hold the config; the other fields
+    say what parameters a module is made with, and are read when it is made.
 
     Args:
         base_sparsity: The **sparsity** to meet, in [0, 1): 0.9 keeps 10 % of the allowed blocks.
@@ -34,6 +34,8 @@ class AdaptiveConfig(CheckedConfig):
         learn_density: Let every row keep the blocks whose score passes a learned threshold, up to `max_density`,
             instead of a fixed number of them.
         query_block_size: Tokens per query block; 1 selects for every query by itself. `None`: `block_size`.
+        window_size: Tokens of a local window (as of `bs_patterns.LocalWindow`) whose blocks are always kept. They
+            count towards the density, and are kept even where they alone are more. `None`: only the diagonal is.
         pooling: What the scorer reads of a block: the mean over its tokens, the largest and smallest value of every
             feature (`"max"`), or both.
         gate: `"straight_through"`: the selected blocks are attended to exactly, and the gradient is that of `"soft"`.
@@ -57,6 +59,7 @@ class AdaptiveConfig(CheckedConfig):
     block_size: int = 64
     learn_density: bool = False
     query_block_size: int | None = None
+    window_size: int | None = None
     pooling: str = "mean_max"
     gate: str = "straight_through"
     max_density: float | None = None
@@ -159,6 +162,7 @@ AdaptiveConfig._checks = {
     "block_size": check_int,
     "learn_density": check_flag,
     "query_block_size": lambda name, value: None if value is None else check_int(name, value),
+    "window_size": lambda name, value: None if value is None else check_int(name, value),
     "pooling": _one_of(POOLINGS),
     "gate": _one_of(GATES),
     "max_density": check_density,

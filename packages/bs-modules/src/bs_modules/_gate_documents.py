@@ -72,6 +72,7 @@ def read_documents(
     # less than what any block holds.
     low, high = pairs(q_least, k_most), pairs(q_most, k_least)
     shared = (low[0] <= low[1]) & (high[0] >= high[1])
+    kept = room.kept & shared
     if dead is not None:
         shared = shared & ~dead[:, None, None]
     alone = (q_least == q_most)[:, None]
@@ -81,10 +82,11 @@ def read_documents(
     same = torch.eq(*pairs(row, column)) & shared
     readable = room.readable & same & alone[..., None]
     unread = room.readable & shared & ~readable
-    have = (readable | unread | room.kept).sum(-1)
+    have = (readable | unread | kept).sum(-1)
     per_batch = replace(
         room,
         readable=readable,
+        kept=kept,
         unread=unread,
         budget=torch.minimum(room.budget, have),
         least=torch.minimum(room.least, have),

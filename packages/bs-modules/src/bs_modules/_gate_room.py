@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bs_patterns import BlockLayout
+from bs_patterns import BlockLayout, LocalWindow
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class Room:
 
     A causal query block starts at the absolute position p. Key blocks that end before the block of p are *readable*:
     the gate scores them. The block of p and any later one that the query block reaches are *kept* unread: scoring them
-    would let the queries at p see keys after p.
+    would let the queries at p see keys after p. The blocks of a local window are kept, too.
 
     Attributes:
         readable: bool[H, QB, KB]; candidates that the gate scores.
@@ -35,7 +35,7 @@ class Room:
         allowed: Allowed blocks per head.
         met: Sum of the budgets over heads and rows / (H · allowed).
         unread: bool[B, H, QB, KB]; of packed documents only: selected before the readable ones, nearest first. The
-            room is then that of one batch: all but `kept` and `distance` have a batch dimension.
+            room is then that of one batch: all but `distance` have a batch dimension.
     """
 
     readable: Tensor
@@ -58,6 +58,7 @@ def make_room(
     max_density: float | None,
     candidates: Callable[[tuple[int, int]], BlockLayout | None],
     device: torch.device,
+    window_size: int | None = None,
 ) -> Room:
     """Solves the budgets on the host and puts the room on a device.
 
@@ -74,11 +75,12 @@ def make_room(
         max_density: Share that bounds a learned choice; `None` without one.
         candidates: Gives the blocks to choose from for some lengths; `None`: all allowed ones.
         device: Where the room lives.
+        window_size: Tokens of the local window that is kept; `None` without one.
     """
     q_len, k_len = seq_len
     decoding = causal and q_len < k_len
     lengths = (k_len, k_len) if decoding else seq_len
-    first, readable, kept, own = _blocks(lengths, blocks, causal)
+    first, readable, kept, own = _blocks(lengths, blocks, causal, window_size)
     allowed = int((readable | kept).sum())
     layout = candidates(lengths)
     readable = readable[None] if layout is None else readable & layout.to_dense()
@@ -95,9 +97,10 @@ def make_room(
             stacklevel=2,
         )
     if decoding:
-        first, last_readable, kept, own = _blocks(seq_len, blocks, causal)
+        whole_kept = kept
+        first, last_readable, kept, own = _blocks(seq_len, blocks, causal, window_size)
         rows = first // blocks[0]
-        readable = (readable | _blocks(lengths, blocks, causal)[2])[:, rows] & last_readable
+        readable = (readable | whole_kept)[:, rows] & last_readable
         have = (readable | kept).sum(-1)
         least = np.maximum(kept.sum(-1), np.minimum(have, 1))
         budget, most = (np.clip(of[:, rows], least, have) for of in (budget, most))
@@ -115,21 +118,23 @@ def make_room(
 
 
 def _blocks(
-    lengths: tuple[int, int], blocks: tuple[int, int], causal: bool
+    lengths: tuple[int, int], blocks: tuple[int, int], causal: bool, window_size: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """First position of every row, readable and kept blocks `[QB, KB]`, and the block of every row's first position."""
     (q_len, k_len), (q_block, k_block) = lengths, blocks
     column = np.arange(-(-k_len // k_block))
     first = np.arange(0, q_len, q_block, dtype=np.int64) + (k_len - q_len if causal else 0)
+    kept = np.zeros((len(first), len(column)), bool)
+    if window_size is not None:
+        kept |= LocalWindow(window_size).layout(lengths, block_size=blocks, causal=causal).to_dense()[0]
     if not causal:
-        own = np.minimum(first // k_block, len(column) - 1)
-        readable = np.ones((len(first), len(column)), bool)
-        return first, readable, np.zeros_like(readable), own
+        return first, ~kept, kept, np.minimum(first // k_block, len(column) - 1)
     last = np.minimum(first + q_block, k_len) - 1
     # Rows before the first key (more queries than keys) have negative positions and reach no block.
     own = np.maximum(first, 0) // k_block
     reached = column <= (last // k_block)[:, None]
-    return first, (column < own[:, None]) & reached, (column >= own[:, None]) & reached, own
+    kept |= (column >= own[:, None]) & reached
+    return first, reached & ~kept, kept, own
 
 
 def _fill(target: float, least: np.ndarray, have: np.ndarray) -> np.ndarray:

@@ -48,7 +48,8 @@ class BlockSparseAdaptive(BlockSparseAttention):
 
     With `is_causal` nothing is read ahead: what a query block picks depends on tokens up to its first position only.
     Its summary is that of the queries that end there; key blocks that end before the block of that position can be
-    picked; later ones that the query block reaches (the diagonal) are always kept. So outputs up to a position do not
+    picked; later ones that the query block reaches (the diagonal) are always kept, and those of the config's
+    `window_size`. So outputs up to a position do not
     change by a bit when later tokens do. `query_block_size=1` picks for every query by itself.
 
     Args:
@@ -288,6 +289,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
             config.bound(),
             lambda grid: self._candidate_layout(grid, is_causal, heads),
             device,
+            config.window_size,
         )
 
     def _candidate_layout(self, lengths: tuple[int, int], is_causal: bool, heads: int) -> BlockLayout | None:

@@ -9,6 +9,7 @@ gate_kinds = st.fixed_dictionaries(
         "pooling": st.sampled_from(["mean_max", "mean", "max"]),
         "gate": st.sampled_from(["straight_through", "soft"]),
         "share_across_heads": st.booleans(),
+        "window_size": st.sampled_from([None, 6]),
         "learn_density": st.booleans(),
     }
 )
