@@ -29,6 +29,8 @@ def test_there_are_eight_buckets_per_doubling():
     assert len({bucket_bytes(nbytes) for nbytes in range((1 << 20) + 1, (2 << 20) + 1, 997)}) == 8
 
 
-def test_a_negative_request_is_an_error():
+def test_a_request_that_is_no_count_is_an_error():
     with pytest.raises(ValueError, match=r"nbytes: .*got -1"):
         bucket_bytes(-1)
+    with pytest.raises(TypeError, match=r"nbytes: .*got float"):
+        bucket_bytes(1.5)  # pyright: ignore[reportArgumentType]

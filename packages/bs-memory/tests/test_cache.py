@@ -130,6 +130,8 @@ def test_statistics_count_every_look_up():
         ({"max_bytes": 0}, ValueError, "max_bytes: .*got 0"),
         ({"max_entries": -1}, ValueError, "max_entries: .*got -1"),
         ({"max_entries": 1.5}, TypeError, "max_entries: .*got float"),
+        ({"weak_keys": 1}, TypeError, "weak_keys: expected a bool, got int"),
+        ({"size_of": 8}, TypeError, "size_of: expected a callable, got int"),
         ({"pressure": 3}, TypeError, "pressure: .*got 3"),
     ],
 )

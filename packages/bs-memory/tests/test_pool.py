@@ -236,6 +236,9 @@ def test_pinned_memory_without_an_accelerator_is_an_error(pool):
         ({"max_bytes": 1.5}, TypeError, "max_bytes: .*got float"),
         ({"alignment": 32}, ValueError, "alignment: .*got 32"),
         ({"alignment": 96}, ValueError, "alignment: .*got 96"),
+        ({"alignment": 64.0}, TypeError, "alignment: .*got float"),
+        ({"poison": 1}, TypeError, "poison: expected a bool, got int"),
+        ({"streams": "main"}, TypeError, "streams: expected a callable, got str"),
         ({"pressure": "high"}, TypeError, "pressure: .*got 'high'"),
     ],
 )

@@ -111,6 +111,8 @@ def test_trim_leaves_the_target_and_reports_what_it_freed(pool):
     assert pool.trim(device="meta") == 0
     with pytest.raises(ValueError, match=r"target_bytes: .*got -1"):
         pool.trim(-1)
+    with pytest.raises(TypeError, match=r"target_bytes: .*got float"):
+        pool.trim(0.5)
 
 
 def test_trim_spares_leases(pool):

@@ -204,19 +204,24 @@ def test_a_slow_reading_holds_up_nobody_else(clock):
 
 
 @pytest.mark.parametrize(
-    ("options", "match"),
+    ("options", "error", "match"),
     [
-        ({"high": 0}, "high: .*got 0"),
-        ({"high": 1.0}, "high: .*got 1.0"),
-        ({"critical": 0.2}, "critical: .*got 0.2"),
-        ({"hysteresis": -0.1}, "hysteresis: .*got -0.1"),
-        ({"ceiling": 0}, "ceiling: .*got 0"),
-        ({"interval": -1}, "interval: .*got -1"),
-        ({"half_life": 0}, "half_life: .*got 0"),
+        ({"high": 0}, ValueError, "high: .*got 0"),
+        ({"high": 1.0}, ValueError, "high: .*got 1.0"),
+        ({"critical": 0.2}, ValueError, "critical: .*got 0.2"),
+        ({"hysteresis": -0.1}, ValueError, "hysteresis: .*got -0.1"),
+        ({"ceiling": 0}, ValueError, "ceiling: .*got 0"),
+        ({"interval": -1}, ValueError, "interval: .*got -1"),
+        ({"half_life": 0}, ValueError, "half_life: .*got 0"),
+        ({"hysteresis": float("nan")}, ValueError, "hysteresis: .*got nan"),
+        ({"half_life": "60"}, TypeError, "half_life: .*got str"),
+        ({"ceiling": 1e9}, TypeError, "ceiling: .*got float"),
+        ({"reader": 3}, TypeError, "reader: expected a callable, got int"),
+        ({"clock": None}, TypeError, "clock: expected a callable, got NoneType"),
     ],
 )
-def test_bad_thresholds_are_refused(options, match):
-    with pytest.raises(ValueError, match=match):
+def test_bad_thresholds_are_refused(options, error, match):
+    with pytest.raises(error, match=match):
         MemoryPressure(**options)
 
 
@@ -230,6 +235,8 @@ def test_copies_of_a_gauge_are_the_gauge(pressure):
 def test_misuse_is_named(pressure):
     with pytest.raises(TypeError, match="callback: expected a callable, got int"):
         pressure.subscribe(3)
+    with pytest.raises(ValueError, match=r"nbytes: .*got -1"):
+        pressure.would_fit(-1)
     with pytest.raises(ValueError, match="level: expected HIGH or CRITICAL"):
         pressure.watermark(NORMAL)
 

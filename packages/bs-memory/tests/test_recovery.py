@@ -221,7 +221,8 @@ def test_the_reported_piece_size_starts_the_next_run():
     value, again = oom_recovery(second, size=12, combine=join, piece_size=report.piece_size)
     assert value == [i * i for i in range(12)]
     assert all(stop - start <= 3 for start, stop in second.calls)
-    assert actions(again) == ["split"]
+    assert again == RecoveryReport(pieces=len(second.calls), piece_size=report.piece_size)
+    assert not again.recovered  # memory did not run out this time
 
 
 def test_a_piece_size_of_the_whole_or_more_is_the_whole():
@@ -375,6 +376,10 @@ def test_a_combine_that_runs_out_is_said_to():
         ({"piece_size": 2}, ValueError, r"piece_size: expected none without a size"),
         ({"allow_approximation": True}, ValueError, r"allow_approximation: expected False without approximations"),
         ({"device": "nowhere"}, ValueError, r"device: "),
+        ({"size": 4, "combine": 3}, TypeError, r"combine: expected a callable, got int"),
+        ({"free": [3]}, TypeError, r"free\[0\]: expected a callable, got int"),
+        ({"approximations": ["x"]}, TypeError, r"approximations\[0\]: expected an Approximation, got str"),
+        ({"approximations": [Approximation("x", print, size=-1)]}, ValueError, r"size: .*got -1"),
     ],
 )
 def test_bad_arguments_are_named(options, error, match):

@@ -1,5 +1,7 @@
 """Size buckets: which requests may share a buffer."""
 
+from bs_memory import _check
+
 ALIGNMENT = 64  # what torch's CPU allocator aligns to, and the width of a cache line and of an AVX-512 register
 
 
@@ -13,14 +15,14 @@ def bucket_bytes(nbytes: int) -> int:
         The bucket's size in bytes: a multiple of 64, at most 12.5 % (or 63 bytes) above `nbytes`, at least 64.
 
     Raises:
-        ValueError: if `nbytes` is negative.
+        TypeError: if `nbytes` is not an int.
+        ValueError: if it is negative.
 
     Source:
         The size classes of jemalloc (Evans 2006) have four steps per doubling, hence at most 20 % waste; eight steps
         halve that, and attention buffers repeat exactly, so that coarser buckets would not find more reuse.
     """
-    if nbytes < 0:
-        raise ValueError(f"nbytes: expected a number of bytes ≥ 0, got {nbytes}")
+    _check.integer("nbytes", nbytes, 0)
     if nbytes <= ALIGNMENT:
         return ALIGNMENT
     step = max(ALIGNMENT, 1 << ((nbytes - 1).bit_length() - 4))

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from bs_memory import _lifecycle
+from bs_memory import _check, _lifecycle
 from bs_memory._devices import canonical_device
 from bs_memory._flight import Flight
 from bs_memory._footprint import FakeValueError, footprint, to_device
@@ -83,6 +83,7 @@ class DeviceCache:
         streams: `device -> StreamBackend | None`, to test without an accelerator.
 
     Raises:
+        TypeError: if an argument has the wrong type.
         ValueError: if a bound is not positive.
 
     Source:
@@ -99,11 +100,11 @@ class DeviceCache:
         size_of: Callable[[Any], int] | None = None,
         streams: Callable[..., StreamBackend | None] = streams_of,
     ) -> None:
-        for name, bound in (("max_bytes", max_bytes), ("max_entries", max_entries)):
-            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
-                raise TypeError(f"{name}: expected an int or None, got {type(bound).__name__}")
-            if bound is not None and bound <= 0:
-                raise ValueError(f"{name}: expected a number > 0, got {bound}")
+        _check.bound("max_bytes", max_bytes)
+        _check.bound("max_entries", max_entries)
+        _check.boolean("weak_keys", weak_keys)
+        _check.function("size_of", size_of or footprint)
+        _check.function("streams", streams)
         if not (pressure is None or pressure == "auto" or isinstance(pressure, MemoryPressure)):
             raise TypeError(f"pressure: expected a MemoryPressure, 'auto' or None, got {pressure!r}")
         self._max_bytes = max_bytes
@@ -289,9 +290,12 @@ class DeviceCache:
 
         Returns:
             The bytes let go.
+
+        Raises:
+            TypeError: if `target_bytes` is not an int.
+            ValueError: if it is negative.
         """
-        if target_bytes < 0:
-            raise ValueError(f"target_bytes: expected a number of bytes ≥ 0, got {target_bytes}")
+        _check.integer("target_bytes", target_bytes, 0)
         return self._shrink(None if device is None else canonical_device(device), target_bytes)
 
     def stats(self) -> CacheStats:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from bs_memory import _lifecycle
+from bs_memory import _check, _lifecycle
 from bs_memory._account import Account
 from bs_memory._buckets import ALIGNMENT, bucket_bytes
 from bs_memory._devices import canonical_device
@@ -19,7 +19,6 @@ from bs_memory._lease import Lease
 from bs_memory._oom import is_oom_error
 from bs_memory._pressure import MemoryPressure, PressureLevel, default_pressure
 from bs_memory._readings import MemoryReading
-from bs_memory._request import check_budget, checked_shape
 from bs_memory._stats import PoolStats, collect
 from bs_memory._storage import NONE, ONE_OFF, Block, Bucket, Request
 from bs_memory._streams import StreamBackend, streams_of
@@ -54,6 +53,7 @@ class BufferPool:
         streams: `device, pinned -> StreamBackend | None`, to test reuse without an accelerator.
 
     Raises:
+        TypeError: if an argument has the wrong type.
         ValueError: if `max_bytes` is not positive or `alignment` is not a power of two ≥ 64.
     """
 
@@ -66,9 +66,11 @@ class BufferPool:
         poison: bool = False,
         streams: Callable[..., StreamBackend | None] = streams_of,
     ) -> None:
-        check_budget(max_bytes)
-        if alignment < ALIGNMENT or alignment & (alignment - 1):
+        _check.bound("max_bytes", max_bytes)
+        if _check.integer("alignment", alignment, ALIGNMENT) & (alignment - 1):
             raise ValueError(f"alignment: expected a power of two ≥ {ALIGNMENT}, got {alignment}")
+        _check.boolean("poison", poison)
+        _check.function("streams", streams)
         if not (pressure is None or pressure == "auto" or isinstance(pressure, MemoryPressure)):
             raise TypeError(f"pressure: expected a MemoryPressure, 'auto' or None, got {pressure!r}")
         self._max_bytes = max_bytes
@@ -203,11 +205,11 @@ class BufferPool:
 
         Raises:
             PoolClosedError: if the pool is closed.
-            ValueError: if `target_bytes` is negative.
+            TypeError: if `target_bytes` is not an int.
+            ValueError: if it is negative.
         """
         self._check_open()
-        if target_bytes < 0:
-            raise ValueError(f"target_bytes: expected a number of bytes ≥ 0, got {target_bytes}")
+        _check.integer("target_bytes", target_bytes, 0)
         where = None if device is None else canonical_device(device)
         return sum(account.trim(target_bytes) for account in self._accounts_on(where))
 
@@ -235,7 +237,7 @@ class BufferPool:
 
     @max_bytes.setter
     def max_bytes(self, value: int | None) -> None:
-        check_budget(value)
+        _check.bound("max_bytes", value)
         with self._lock:
             self._max_bytes = value
             accounts = list(self._accounts.values())
@@ -311,9 +313,8 @@ class BufferPool:
         self._check_open()
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype: expected a torch.dtype, got {type(dtype).__name__}")
-        if not isinstance(pinned, bool):
-            raise TypeError(f"pinned: expected a bool, got {type(pinned).__name__}")
-        sizes = checked_shape(shape)
+        _check.boolean("pinned", pinned)
+        sizes = _check.shape(shape)
         where = canonical_device(device)
         if pinned and where.type != "cpu":
             raise ValueError(f"pinned: expected False on {where}, since only host memory can be pinned, got True")

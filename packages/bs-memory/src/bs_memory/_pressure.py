@@ -3,6 +3,7 @@
 import enum
 import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bs_memory import _lifecycle
+from bs_memory import _check, _lifecycle
 from bs_memory._devices import canonical_device
 from bs_memory._readings import MemoryReading, read_memory
 
@@ -62,6 +63,7 @@ class MemoryPressure:
         clock: seconds, monotonic.
 
     Raises:
+        TypeError: if an argument has the wrong type.
         ValueError: if a number is outside its range.
     """
 
@@ -79,18 +81,14 @@ class MemoryPressure:
         reader: Callable[[torch.device], MemoryReading] = read_memory,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if not 0 < high < 1:
-            raise ValueError(f"high: expected a number in (0, 1), got {high}")
-        if not 0 < critical < high:
-            raise ValueError(f"critical: expected a number in (0, high={high}), got {critical}")
-        if hysteresis < 0:
-            raise ValueError(f"hysteresis: expected a number ≥ 0, got {hysteresis}")
-        if ceiling <= 0:
-            raise ValueError(f"ceiling: expected a number of bytes > 0, got {ceiling}")
-        if interval < 0:
-            raise ValueError(f"interval: expected seconds ≥ 0, got {interval}")
-        if half_life <= 0:
-            raise ValueError(f"half_life: expected seconds > 0, got {half_life}")
+        _check.number("high", high, "a number in (0, 1)", 0, 1, open_ends=True)
+        _check.number("critical", critical, f"a number in (0, high={high})", 0, high, open_ends=True)
+        _check.number("hysteresis", hysteresis, "a number ≥ 0", 0, math.inf, open_ends=False)
+        _check.integer("ceiling", ceiling, 1)
+        _check.number("interval", interval, "seconds ≥ 0", 0, math.inf, open_ends=False)
+        _check.number("half_life", half_life, "finite seconds > 0", 0, math.inf, open_ends=True)
+        _check.function("reader", reader)
+        _check.function("clock", clock)
         self._options = {
             "high": high,
             "critical": critical,
@@ -148,7 +146,13 @@ class MemoryPressure:
         return self._watermark(level, gauge.reading.total, self._margin(gauge))
 
     def would_fit(self, nbytes: int, device: torch.device | str = "cpu") -> bool:
-        """Whether `nbytes` more would leave the device above `CRITICAL`; True where the memory cannot be read."""
+        """Whether `nbytes` more would leave the device above `CRITICAL`; True where the memory cannot be read.
+
+        Raises:
+            TypeError: if `nbytes` is not an int.
+            ValueError: if it is negative.
+        """
+        _check.integer("nbytes", nbytes, 0)
         gauge = self._fresh(canonical_device(device))
         if gauge.reading.total == 0:
             return True
@@ -178,8 +182,7 @@ class MemoryPressure:
         Returns:
             A function that unsubscribes; calling it again does nothing.
         """
-        if not callable(callback):
-            raise TypeError(f"callback: expected a callable, got {type(callback).__name__}")
+        _check.function("callback", callback)
         token = object()
         where = None if device is None else canonical_device(device)
         with self._lock:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from bs_memory import _check
 from bs_memory._devices import canonical_device
 from bs_memory._errors import RecoveryError
 from bs_memory._oom import is_oom_error
@@ -84,14 +85,25 @@ def oom_recovery(
 
     Raises:
         RecoveryError: if everything permitted ran out of memory. It is a `MemoryError`.
-        TypeError: if `work` returns something under `size` and there is no `combine`, so that it could not be split.
+        TypeError: if an argument has the wrong type, or `work` returns something under `size` and there is no
+            `combine`, so that it could not be split.
         ValueError: if a number is out of range, an argument needs `size` and there is none, or
             `allow_approximation` has nothing to allow.
 
     Any other exception of `work` passes through untouched, as does running out of memory while a CUDA graph is being
     captured, where nothing may be freed.
     """
-    _check(size, combine, granularity, piece_size)
+    _check_splitting(work, size, combine, granularity)
+    _check.bound("piece_size", piece_size)
+    if size is None and piece_size is not None:
+        raise ValueError("piece_size: expected none without a size, got one")
+    for index, give in enumerate(free):
+        _check.function(f"free[{index}]", give)
+    for index, approximation in enumerate(approximations):
+        if not isinstance(approximation, Approximation):
+            raise TypeError(f"approximations[{index}]: expected an Approximation, got {type(approximation).__name__}")
+        _check_splitting(approximation.work, approximation.size, approximation.combine, approximation.granularity)
+    _check.boolean("allow_approximation", allow_approximation)
     if allow_approximation and not approximations:
         raise ValueError("allow_approximation: expected False without approximations, got True")
     where = None if device is None else canonical_device(device)
@@ -112,7 +124,6 @@ def oom_recovery(
         return value, attempt.report(None)
     steps, tried = attempt.steps, [attempt.failed_in_words()]
     for approximation in approximations if allow_approximation else ():
-        _check(approximation.size, approximation.combine, approximation.granularity, None)
         _log.warning("%s: out of memory on %s; approximating: %s", name, where, approximation.name)
         steps.append(RecoveryStep("approximate", approximation.name))
         other = approximation.work, approximation.size, approximation.combine, approximation.granularity
@@ -187,7 +198,8 @@ class _Attempt:
         results: list[Any] = []
         start = 0
         self._piece_size = self._rounded(piece_size)
-        self._note_split()
+        if self.steps:  # else nothing ran out so far: the caller asked for pieces
+            self._note_split()
         while start < self._size:
             begin, stop = start, min(start + self._piece_size, self._size)
             value, failure = self._guarded(lambda begin=begin, stop=stop: _run(self._work, self._combine, stop, begin))
@@ -302,19 +314,14 @@ def _released(error: BaseException) -> BaseException:
     return error
 
 
-def _check(size: int | None, combine: object, granularity: int, piece_size: int | None) -> None:
-    for argument, value, least in (("size", size, 0), ("granularity", granularity, 1), ("piece_size", piece_size, 1)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{argument}: expected an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{argument}: expected a number ≥ {least}, got {value}")
+def _check_splitting(work: object, size: int | None, combine: object, granularity: int) -> None:
+    _check.function("work", work)
+    if size is not None:
+        _check.integer("size", size, 0)
+    if combine is not None:
+        _check.function("combine", combine)
+    _check.integer("granularity", granularity, 1)
     if size is None:
-        for argument, given in (
-            ("combine", combine is not None),
-            ("granularity", granularity != 1),
-            ("piece_size", piece_size is not None),
-        ):
+        for argument, given in (("combine", combine is not None), ("granularity", granularity != 1)):
             if given:
                 raise ValueError(f"{argument}: expected none without a size, got one")

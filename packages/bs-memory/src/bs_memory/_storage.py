@@ -78,7 +78,7 @@ class Block:
     def __del__(self) -> None:
         # Runs wherever the collector strikes, possibly under one of the pool's locks: only an atomic append is safe.
         # It brings the block back to life until the pool has booked it out.
-        if self.request is not None:
+        if getattr(self, "request", None) is not None:  # an interrupt may strike before there is one
             self.bucket.account.abandoned.append(self)
 
 
