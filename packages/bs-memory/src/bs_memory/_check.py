@@ -29,7 +29,7 @@ def number(name: str, value: Any, expected: str, least: float, most: float, *, o
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-    if not (least < value < most if open_ends else least <= value <= most):
+    if not (least < float(value) < most if open_ends else least <= float(value) <= most):
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
 

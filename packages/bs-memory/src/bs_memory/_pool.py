@@ -47,7 +47,7 @@ class BufferPool:
             exceed it, idle buffers are given up, lowest priority first, then least recently used.
         alignment: what the address of every buffer is a multiple of, in bytes; a power of two ≥ 64.
         pressure: whom to ask before growing: "auto" for `default_pressure()`, None for nobody. At `HIGH` the pool
-            keeps at most half of the most it ever held idle, at `CRITICAL` nothing.
+            keeps idle at most half of the most it ever held, at `CRITICAL` nothing.
         poison: overwrite every buffer on release, so that a use after release is seen: with 0xFF bytes (NaN) for
             floating and complex dtypes, with 0xCB elsewhere. Costs a write of the whole buffer.
         streams: `device, pinned -> StreamBackend | None`, to test reuse without an accelerator.

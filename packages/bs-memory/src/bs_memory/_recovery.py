@@ -57,8 +57,8 @@ def oom_recovery(
     """Runs `work`, and gets through running out of memory where that is possible.
 
     In this order, each step only if the one before still ran out: the whole work; free what pools, caches and
-    allocators hold unused and run it again; run it in pieces, each at most half as large as the one that failed, down
-    to `granularity`; with permission, each approximation in the same way; a `RecoveryError` that says what would fit.
+    allocators hold unused and run it again; run it in pieces, each half of the one that failed, in multiples of
+    `granularity`; with permission, each approximation in the same way; a `RecoveryError` that says what would fit.
 
     Work is repeated after a failure, so it must be idempotent: the same arguments, the same result, whatever an
     earlier attempt left half written. It draws no random numbers from a shared generator and runs no collective that
