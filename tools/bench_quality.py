@@ -2,7 +2,7 @@
 
     python tools/bench_quality.py                # all of it; stop it and run it again: finished runs are kept
     python tools/bench_quality.py --seeds 3      # one seed more
-    python tools/bench_quality.py --only-page    # the page and the plot from what the JSON holds
+    python tools/bench_quality.py --page         # the page and the plot from what the JSON holds
 
 One model learns with dense attention, first on short and then on long sequences of the running Python's standard
 library, by the trainer of `bsattn train`. From its weights every contestant takes the same number of steps on the same
@@ -12,13 +12,12 @@ batches with its own attention, and is scored on held-out files. Nothing depends
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 
 from bs_modules.lm.build import build_model
@@ -28,9 +27,8 @@ from bs_modules.lm.errors import InputError
 from bs_modules.lm.run import Run
 from bs_modules.lm.settings import Settings
 
-ROOT = Path(__file__).resolve().parents[1]
 FIXED = ("local_window", "dilated_sparse", "global_local")
-KINDS = (*FIXED, "hierarchical", "adaptive", "adaptive_distilled")
+KINDS = (*FIXED, "hierarchical", "adaptive", "adaptive_distilled", "adaptive_window")
 STARTS = ("start", "extended")
 _BACKEND = "native"
 
@@ -67,8 +65,10 @@ def settings_of(kind: str, density: float, seed: int, args: argparse.Namespace) 
     if kind == "hierarchical":
         return Settings(**values, attention="hierarchical")
     values |= {"query_block_size": args.query_block, "temperatures": args.temperatures, "gate_lr": args.gate_rate}
-    if kind == "adaptive_distilled":
+    if kind != "adaptive":
         values |= {"distill_rows": args.distill_rows, "distillation_weight": args.distillation_weight}
+    if kind == "adaptive_window":  # half of what a row keeps on average, as the hierarchy's near level
+        values["window_size"] = max(round(density * args.context / 4), 1)
     return Settings(**values, attention="adaptive")
 
 
@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
         "threads",
     )
     settings = {name: getattr(args, name) for name in names}
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "backend": _BACKEND}
+    machine = results.machine() | {"backend": _BACKEND}
     if found and (found["settings"] != settings or found["text"] != facts):
         raise SystemExit(f"{args.out} holds runs of other settings or on another text; give another --out")
     found.update({"machine": machine, "text": facts, "settings": settings, "rows": found.get("rows", [])})
@@ -147,7 +147,7 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
         row |= {name: result[name] for name in ("steps", "tokens", "parameters")} | {"scored": validation["scored"]}
         print(f"  {density:g}, met {row['met']:.4f}: {row['bits_per_byte']:.4f} bits per byte", flush=True)
         found["rows"] = [other for other in found["rows"] if key(other) != key(row)] + [row]
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        results.save(args.out, found)
         if kind not in STARTS:
             report(found, args.out)
 
@@ -157,7 +157,7 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
 
 def report(found: dict[str, Any], out: Path) -> None:
     """Writes the page and the plot beside the JSON."""
-    out.with_suffix(".md").write_text(page(found))
+    results.write(out.with_suffix(".md"), page(found))
     plot(found, out.with_suffix(".svg"))
 
 
@@ -178,7 +178,7 @@ def page(found: dict[str, Any]) -> str:
     block, context = s["block"], f"{s['context']:,}"
     text = f"""# Quality of the byte language model
 
-Measured by `python tools/bench_quality.py`; the raw figures are in `quality.json`. Its companion on associative recall,
+Made by `python tools/bench_quality.py`; the raw figures are in `quality.json`. Its companion on associative recall,
 where the answer lies outside every window, is [A learned gate](adaptive.md).
 
 Model, optimizer and batches are those of [`bsattn train`](../guide/train.md) (width 128, 4 layers, 2 heads of 64); the
@@ -193,7 +193,8 @@ what is nearest to dense.
 Fixed and hierarchical patterns have blocks of {block} by {block}. The hierarchy has two levels that share the density:
 near by, and all before in wide strides. The gate picks key blocks of {block} for query blocks of {s["query_block"]}, at
 temperatures from {s["temperatures"][0]:g} to {s["temperatures"][1]:g}, its scorer learning at {s["gate_rate"]:g};
-`adaptive_distilled` adds distillation ({s["distill_rows"]} query blocks a step, weight {s["distillation_weight"]:g}).
+`adaptive_distilled` adds distillation ({s["distill_rows"]} query blocks a step, weight {s["distillation_weight"]:g});
+`adaptive_window` is that with half of the blocks in a window that is always kept.
 The defaults of the gate are the best of a few shorter trials, scored on an eighth of the same held-out text; no setting
 of the others was tuned.
 All in {s["dtype"]} on the `{machine["backend"]}` backend (the tool fails if another would run; dense attention is the
@@ -304,31 +305,28 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.05, 0.25])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--short", type=int, default=1024, help="context of the model that all start from")
-    parser.add_argument("--start-steps", type=int, default=800)
-    parser.add_argument(
-        "--extend-steps", type=int, default=100, help="dense ones over long sequences, before the contest"
-    )
-    parser.add_argument("--validation-bytes", type=int, default=2**19)
-    parser.add_argument("--gate-rate", type=float, default=1e-2)
-    parser.add_argument("--block", type=int, default=16)
-    parser.add_argument("--query-block", type=int, default=4)
-    parser.add_argument("--temperatures", type=float, nargs=2, default=[0.1, 0.02])
-    parser.add_argument("--distill-rows", type=int, default=64)
-    parser.add_argument("--distillation-weight", type=float, default=1.0)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("runs/bench_quality"), help="run folders; safe to remove")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/quality.json")
+    parser = results.parser(__doc__, "quality.json")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench_quality"), metavar="FOLDER", help="of the runs")
     parser.add_argument("--collect", action="store_true", help="take the runs that are finished, train nothing")
-    parser.add_argument("--only-page", action="store_true", help="write the page and the plot from the JSON alone")
+    parser.add_argument("--seeds", type=int, default=2, metavar="N", help="how many")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.05, 0.25], metavar="X", help="asked for")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="contestants")
+    parser.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of a long sequence")
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help="long sequences per step")
+    parser.add_argument("--steps", type=int, default=40, metavar="N", help="of every contestant")
+    parser.add_argument("--short", type=int, default=1024, metavar="N", help="context of the model all start from")
+    parser.add_argument("--start-steps", type=int, default=800, metavar="N", help="dense, over short sequences")
+    parser.add_argument("--extend-steps", type=int, default=100, metavar="N", help="dense, over long sequences, before")
+    parser.add_argument("--validation-bytes", type=int, default=2**19, metavar="N", help="to score on, held out")
+    parser.add_argument("--block", type=int, default=16, metavar="N", help="tokens per block")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch")
+    gate = parser.add_argument_group("the gate")
+    gate.add_argument("--gate-rate", type=float, default=1e-2, metavar="X", help="of learning, of the scorer")
+    gate.add_argument("--query-block", type=int, default=4, metavar="N", help="queries that share their picks")
+    gate.add_argument("--temperatures", type=float, nargs=2, default=[0.1, 0.02], metavar="X", help="from, to")
+    gate.add_argument("--distill-rows", type=int, default=64, metavar="N", help="query blocks that teach, per step")
+    gate.add_argument("--distillation-weight", type=float, default=1.0, metavar="X", help="in the loss")
     return parser.parse_args()
 
 
@@ -336,8 +334,8 @@ def main() -> None:
     """Measures what is missing and writes the page."""
     args = parse()
     torch.set_num_threads(args.threads)
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    if not args.only_page:
+    found = results.load(args.out)
+    if not args.page:
         measure(args, found)
     report(found, args.out)
 

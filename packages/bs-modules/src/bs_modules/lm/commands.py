@@ -39,7 +39,7 @@ def _setting(*names: str, **options: Any) -> Callable[..., Any]:
 @_setting("--pattern", help="Of base attention: local_window, dilated_sparse or global_local.")
 @_setting("--density", type=float, help="Active / allowed blocks to keep, in (0, 1].")
 @_setting("--block-size", type=int, help="Tokens per block.")
-@_setting("--window-size", type=int, help="Tokens of the local window; without --density the geometry alone decides.")
+@_setting("--window-size", type=int, help="Tokens of the local window (a gate always keeps it).")
 @_setting("--global-tokens", type=int, help="Leading tokens that every byte sees (global_local).")
 @_setting("--dilation-rate", "dilation_rates", type=int, multiple=True, help="Block stride of dilated_sparse; repeat.")
 @_setting("--query-block-size", type=int, help="Queries that share their picks (adaptive). Default: the block size.")

@@ -24,7 +24,15 @@ DTYPES = ("float32", "bfloat16")
 ATTENTIONS: dict[str, tuple[str, ...]] = {
     "base": ("pattern", "density", "block_size", "window_size", "global_tokens", "dilation_rates"),
     "hierarchical": ("density", "block_size"),
-    "adaptive": ("density", "block_size", "query_block_size", "distill_rows", "distillation_weight", "temperatures"),
+    "adaptive": (
+        "density",
+        "block_size",
+        "window_size",
+        "query_block_size",
+        "distill_rows",
+        "distillation_weight",
+        "temperatures",
+    ),
     "dense": (),
 }
 _DEFAULTS: dict[str, Any] = {
@@ -52,10 +60,12 @@ class Settings:
             everything in wide strides), a learned gate (`"adaptive"`), or torch's dense attention (`"dense"`). Each
             reads the settings that `ATTENTIONS` lists; others are errors.
         pattern: A `SparsePatternConfig.pattern_type`.
-        density: Active / allowed blocks, in (0, 1]; `None` with a `window_size`: the geometry decides, else 0.1.
+        density: Active / allowed blocks, in (0, 1]; `None` with a pattern's `window_size`: the geometry decides, else
+            0.1.
         block_size: Tokens per (key) block. 64 unless given.
-        window_size, global_tokens, dilation_rates: Geometry, as in `SparsePatternConfig`.
-        query_block_size, distill_rows: Of the gate, as in `AdaptiveConfig`; no distillation unless asked for.
+        window_size, global_tokens, dilation_rates: Geometry of a pattern, as in `SparsePatternConfig`.
+        query_block_size, window_size, distill_rows: Of the gate, as in `AdaptiveConfig`; no distillation unless asked
+            for.
         distillation_weight: Of the distillation in the loss, with `distill_rows`; 1 unless given.
         temperatures: Of the gate, at the first and at the last step.
         width, layers, head_dim, feed_forward: Sizes of the model.
@@ -201,6 +211,7 @@ class Settings:
                 base_sparsity=1 - density,
                 block_size=self.block_size,
                 query_block_size=self.query_block_size,
+                window_size=self.window_size,
                 distill_rows=self.distill_rows or 0,
                 temperature=self.temperatures[0],
                 min_temperature=min(self.temperatures),
