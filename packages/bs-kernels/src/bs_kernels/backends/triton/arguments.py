@@ -138,9 +138,8 @@ def lists_of(call: Call, lists: RowLists | ColumnLists) -> Lists:
 
 
 def sizes_of(call: Call, lists: Lists, blocks: int) -> Sizes:
-    """The numbers of a call; ``blocks``: lists per head."""
-    plan, (low, high) = call.plan, call.plan.token_mask.band
-    threshold = dropout_threshold(call.dropout_p)
+    """The numbers of a call, as kernels take them; ``blocks``: lists per head."""
+    plan = call.plan
     return Sizes(
         lists=lists.order.numel(),
         slow=over(call),
@@ -148,19 +147,17 @@ def sizes_of(call: Call, lists: Lists, blocks: int) -> Sizes:
         kv_blocks=plan.kv_blocks,
         q_len=call.q.shape[1],
         kv_len=plan.seq_len[1],
-        low=low if low > -UNBOUNDED else None,
-        high=high if high < UNBOUNDED else None,
-        threshold=threshold - (1 << 32) if threshold >= _INT32 else threshold,
         first_batch=call.first_batch,
         first_head=call.first_head,
         pages=call.k.shape[0],
         rows=call.q.shape[0] * call.q.shape[1] * call.q.shape[2],
-    )
+    ).written()
 
 
 def common(call: Call) -> dict[str, Any]:
     """Arguments that all kernels take, by name: operands, geometry, rules, scales."""
     plan, padding, block_bias = call.plan, call.key_padding_mask, call.block_bias
+    (low, high), threshold = plan.token_mask.band, dropout_threshold(call.dropout_p)
     return {
         "q": operand_of(call.q),
         "k": operand_of(call.k),
@@ -178,7 +175,10 @@ def common(call: Call) -> dict[str, Any]:
             None if call.kv_segments is None else call.kv_segments.contiguous(),
             *bias_of(call.attn_bias),
             *bias_of(None if block_bias is None else block_bias.to(torch.float32).contiguous())[:3],
+            low=low if low > -UNBOUNDED else None,
+            high=high if high < UNBOUNDED else None,
             seeds=call.dropout_seed if call.dropout_p > 0 else None,
+            threshold=threshold - (1 << 32) if threshold >= _INT32 else threshold,
         ),
         "scales": Scales(call.scale * LOG2E, call.scale, 1 / (1 - call.dropout_p)),
         "q_heads": call.q.shape[2],

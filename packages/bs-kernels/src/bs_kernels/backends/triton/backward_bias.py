@@ -11,12 +11,22 @@ the bits are the same every time.
 import triton
 import triton.language as tl
 
-from .tiles import gradient_tile, keys_of, load_queries, load_step, pointer_at, queries_of, rules_at, slots_of
+from .tiles import (
+    gradient_tile,
+    keys_of,
+    load_queries,
+    load_step,
+    pointer_at,
+    queries_of,
+    rules_at,
+    sizes_from,
+    slots_of,
+)
 
 __all__ = ["bias_kernel"]
 
 
-@triton.jit(do_not_specialize=["sizes", "batches", "heads"])
+@triton.jit(do_not_specialize=["batches", "heads"])
 def bias_kernel(
     q,
     k,
@@ -42,6 +52,7 @@ def bias_kernel(
     ``d_bias``: a `Bias` of zeros, float32 [1 or B, 1 or Hq, Sq, Sk]; ``batches`` and ``heads`` of the call share each
     of its entries. ACCUMULATE: more than one pair of them does.
     """
+    sizes = sizes_from(sizes)
     pid = tl.program_id(0)
     tile, rest = pid % T.TILES_M, pid // T.TILES_M
     i, owner = rest % sizes.blocks, rest // sizes.blocks
@@ -90,7 +101,6 @@ def bias_kernel(
                     entry,
                     here,
                     rules,
-                    sizes,
                     scales,
                     part == 1,
                     False,

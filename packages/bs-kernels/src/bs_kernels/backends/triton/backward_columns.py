@@ -25,6 +25,7 @@ from .tiles import (
     pointer_at,
     queries_of,
     rules_at,
+    sizes_from,
     slots_of,
     zeros,
 )
@@ -32,7 +33,7 @@ from .tiles import (
 __all__ = ["columns_kernel"]
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def columns_kernel(
     q,
     k,
@@ -62,6 +63,7 @@ def columns_kernel(
     from pages. ``dq``, float32 zeros [B, Sq, Hq, D], gets the gradient of the queries if given, which spares the kernel
     over rows but sums in no fixed order. ``d_key_bias``, contiguous [B, Hq, Sk], gets the sum over all queries.
     """
+    sizes = sizes_from(sizes)
     at, outer, _, tile = place(lists.order, sizes, 1, T.TILES_N, T.CHUNK)
     j, kv_head, batch = owner_of(at, outer, sizes, kv_heads, kv_heads, T)
     if not T.SHARED_HEADS:
@@ -133,7 +135,6 @@ def columns_kernel(
                     entry,
                     here,
                     rules,
-                    sizes,
                     scales,
                     part == 1,
                     False,

@@ -22,6 +22,7 @@ from .tiles import (
     pointer_at,
     queries_of,
     rules_at,
+    sizes_from,
     slots_of,
     zeros,
 )
@@ -29,7 +30,7 @@ from .tiles import (
 __all__ = ["rows_kernel"]
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def rows_kernel(
     q,
     k,
@@ -56,6 +57,7 @@ def rows_kernel(
     ``dq`` is contiguous [B, Sq, Hq, D]; ``d_block_bias`` a `Bias` [1 or B, 1 or Hq, TILES_M · TILES_N, entries], zeros
     where no tile stores; ``d_query_bias`` contiguous [B, Hq, Sq]: the sum over all keys.
     """
+    sizes = sizes_from(sizes)
     at, outer, inner, tile = place(lists.order, sizes, T.GROUP if T.SHARED_HEADS else 1, T.TILES_M, T.CHUNK)
     i, head, batch = owner_of(at, outer, sizes, kv_heads, q_heads, T)
     if T.SHARED_HEADS:
@@ -108,7 +110,6 @@ def rows_kernel(
                 entry,
                 here,
                 rules,
-                sizes,
                 scales,
                 part == 1,
                 True,

@@ -25,6 +25,7 @@ from .tiles import (
     pointer_at,
     queries_of,
     rules_at,
+    sizes_from,
     slots_of,
     zeros,
 )
@@ -32,7 +33,7 @@ from .tiles import (
 __all__ = ["forward_kernel", "merge_kernel"]
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def forward_kernel(
     q, k, v, k_view, v_view, out, lse, lists, geometry, rules, sinks, sizes, scales, q_heads, kv_heads, T: tl.constexpr
 ):
@@ -41,6 +42,7 @@ def forward_kernel(
     Rows list their whole blocks first (``begin … middle``), then those that need the positional mask. ``out`` is
     contiguous [SPLITS, B, Sq, Hq, DV], ``lse`` [SPLITS, B, Hq, Sq]; piece s of a row is the s-th of equal parts of it.
     """
+    sizes = sizes_from(sizes)
     at, outer, inner, tile = place(
         lists.order, sizes, T.GROUP // T.PACK if T.SHARED_HEADS else 1, T.TILES_M * T.SPLITS, T.CHUNK
     )
@@ -94,7 +96,7 @@ def forward_kernel(
                 rescale = tl.exp2(top - new_top)
             else:
                 scores, entry = scores * scales.scores, lists.entries + slot
-                scores = adjust(scores, queries, keys, entry, here, rules, sizes, part == 1, True, 0)
+                scores = adjust(scores, queries, keys, entry, here, rules, part == 1, True, 0)
                 new_top = tl.maximum(top, tl.max(scores, 1))
                 finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # so that exp2(−inf − finite) = 0
                 weights = tl.exp2(scores - finite[:, None])

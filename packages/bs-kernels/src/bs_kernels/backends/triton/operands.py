@@ -57,7 +57,8 @@ class Rules(NamedTuple):
         padding: [B, Sk]; q_segments, kv_segments: [B, S].
         attn_bias: [B, H, Sq, Sk], and its strides.
         block_bias: [B, H, entries], and its first two strides.
-        seeds: the seed of dropout.
+        low, high: the band of distances that the positional mask keeps; None where it has no bound.
+        seeds: the seed of dropout; threshold: see `tiles.dropout_keep`.
     """
 
     padding: Any
@@ -71,18 +72,24 @@ class Rules(NamedTuple):
     block_bias: Any
     block_batch: Any
     block_head: Any
+    low: Any
+    high: Any
     seeds: Any
+    threshold: Any
 
 
 class Sizes(NamedTuple):
-    """Numbers that no kernel is specialised for.
+    """Numbers that no kernel is specialised for; `tiles.sizes_from` reads what the host has `written`.
+
+    Triton compiles a kernel again where an integer becomes 1 or a multiple of 16, or ceases to be, and what it is told
+    not to specialise for does not count within tuples. Were these numbers what they mean, a cache that grows by a token
+    a step or a batch of other lengths would wait for the compiler. So x travels as 4x + 3, which is neither.
 
     Attributes:
         lists: how many lists are scheduled; slow: how often each is expanded (see `tiles.place`).
         blocks: lists per head; kv_blocks: of those over key blocks.
         q_len, kv_len: tokens.
-        low, high: the band of distances that the positional mask keeps; None where it has no bound.
-        threshold: of dropout, see `tiles.dropout_keep`; first_batch, first_head: where dropout counts from.
+        first_batch, first_head: where dropout counts from.
         pages: how many pages there are.
         rows: queries of all heads and batch elements.
     """
@@ -93,13 +100,14 @@ class Sizes(NamedTuple):
     kv_blocks: Any
     q_len: Any
     kv_len: Any
-    low: Any
-    high: Any
-    threshold: Any
     first_batch: Any
     first_head: Any
     pages: Any
     rows: Any
+
+    def written(self) -> "Sizes":
+        """As kernels take them."""
+        return Sizes(*(4 * number + 3 for number in self))
 
 
 class Scales(NamedTuple):

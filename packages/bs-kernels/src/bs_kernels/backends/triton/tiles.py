@@ -15,7 +15,7 @@ What a function returns has no None in it: Triton 3.6 refuses that. Members that
 import triton
 import triton.language as tl
 
-from .operands import Here, Tokens
+from .operands import Here, Sizes, Tokens
 
 __all__ = [
     "LN2",
@@ -37,6 +37,7 @@ __all__ = [
     "pointer_at",
     "queries_of",
     "rules_at",
+    "sizes_from",
     "slots_of",
     "zeros",
 ]
@@ -46,6 +47,23 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 # -- which tile --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sizes_from(written):
+    """The numbers that `Sizes.written` wrote."""
+    return Sizes(
+        written.lists >> 2,
+        written.slow >> 2,
+        written.blocks >> 2,
+        written.kv_blocks >> 2,
+        written.q_len >> 2,
+        written.kv_len >> 2,
+        written.first_batch >> 2,
+        written.first_head >> 2,
+        written.pages >> 2,
+        written.rows >> 2,
+    )
 
 
 @triton.jit
@@ -289,7 +307,7 @@ def rules_at(rules, sizes, scales, batch, head):
         seed,
         sizes.first_batch + batch,
         sizes.first_head + head,
-        sizes.threshold,
+        rules.threshold,
         scales.keep,
     )
 
@@ -304,14 +322,14 @@ def distances(q, k, AXIS: tl.constexpr):
 
 
 @triton.jit
-def adjust(scores, q, k, entry, here, rules, sizes, MASKED: tl.constexpr, ENDS: tl.constexpr, AXIS: tl.constexpr):
+def adjust(scores, q, k, entry, here, rules, MASKED: tl.constexpr, ENDS: tl.constexpr, AXIS: tl.constexpr):
     """Add biases to scores and set those that a mask drops to −inf.
 
     Args:
         scores: float32, scaled, times log₂ e.
         q, k: `Tokens` of the tile.
         entry: where block_bias is read.
-        here: the rules at this batch element and head; ``rules`` and ``sizes`` say which there are.
+        here: the rules at this batch element and head; ``rules`` say which there are.
         MASKED: the band or the end of a block may cut into this tile.
         ENDS: whether keys beyond the end of their block are masked. Where scores of one key never meet those of
             another, they need not be; queries beyond the end never do.
@@ -331,10 +349,10 @@ def adjust(scores, q, k, entry, here, rules, sizes, MASKED: tl.constexpr, ENDS: 
     if MASKED:
         if ENDS:
             scores = tl.where(k_in, scores, float("-inf"))
-        if sizes.low is not None:
-            scores = tl.where(distances(q, k, AXIS) >= sizes.low, scores, float("-inf"))
-        if sizes.high is not None:
-            scores = tl.where(distances(q, k, AXIS) <= sizes.high, scores, float("-inf"))
+        if rules.low is not None:
+            scores = tl.where(distances(q, k, AXIS) >= rules.low, scores, float("-inf"))
+        if rules.high is not None:
+            scores = tl.where(distances(q, k, AXIS) <= rules.high, scores, float("-inf"))
     if rules.padding is not None:
         real = tl.load(here.padding + k.local + k.at, mask=k.inside, other=0) != 0
         scores = tl.where(along(real, 1 - AXIS), scores, float("-inf"))
@@ -368,7 +386,6 @@ def gradient_tile(
     entry,
     here,
     rules,
-    sizes,
     scales,
     MASKED: tl.constexpr,
     ENDS: tl.constexpr,
@@ -381,10 +398,10 @@ def gradient_tile(
         left, right: tiles whose product are the scores: Q and K, or K and Q.
         d_left, d_right: tiles whose product is the gradient of the probabilities: dO and V, or V and dO.
         rows_lse, rows_delta: of `load_rows`.
-        q, k, entry, here, rules, sizes, MASKED, ENDS, AXIS: as in `adjust`.
+        q, k, entry, here, rules, MASKED, ENDS, AXIS: as in `adjust`.
     """
     scores = tl.dot(left, tl.trans(right), input_precision=T.PRECISION) * scales.scores
-    scores = adjust(scores, q, k, entry, here, rules, sizes, MASKED, ENDS, AXIS)
+    scores = adjust(scores, q, k, entry, here, rules, MASKED, ENDS, AXIS)
     weights = tl.exp2(scores - along(rows_lse, AXIS))
     dweights = tl.dot(d_left, tl.trans(d_right), input_precision=T.PRECISION)
     dropped = weights
