@@ -2,7 +2,7 @@
 
     python tools/bench_adaptive.py            # all of it: quality (about 25 minutes on one free core), then overhead
     python tools/bench_adaptive.py --only overhead
-    python tools/bench_adaptive.py --densities 0.1 --seeds 3 --out /tmp/other.json
+    python tools/bench_adaptive.py --densities 0.1 --seeds 3 --out other.json
 
 Quality: multi-query associative recall. A sequence of random tokens holds key-value pairs in its first part and asks
 for them in its last, far beyond any local window. Per seed, one two-layer model learns the task with dense attention
@@ -14,16 +14,13 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,7 +33,6 @@ from bs_modules import (
     ProgressiveSparsityScheduler,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 KEYS, VALUES, NOISE = 128, 64, 64
 WIDTH, HEADS, LAYERS = 64, 2, 2
 Batches = list[tuple[Tensor, Tensor]]
@@ -250,38 +246,26 @@ def overhead(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "cached": partial(cached, q, k, v, is_causal),
                 "gate": partial(gated.select, q, k, is_causal),
             }
-            times = interleaved(calls, args.rounds)
+            with torch.no_grad():
+                times = results.take_turns(calls, args.rounds, clock=time.process_time)
             for module in (fixed, gated):
                 ran = module.explain(q, k, v, is_causal).backend
                 if ran != "native":
                     raise RuntimeError(f"expected the native backend, {ran} would run")
-            ratio = statistics.median(a / b for a, b in zip(times["adaptive"], times["fixed"], strict=True))
+            ratio, *ratio_range = results.ratio(times["adaptive"], times["fixed"])
             row = {"dtype": str(dtype).removeprefix("torch."), "density": density, "pooling": pooling}
             row |= {"causal": is_causal, "met": gated.get_pattern_stats()["density"]}
             row |= {f"{name}_ms": 1e3 * statistics.median(values) for name, values in times.items()}
-            row |= {"ratio": ratio, "best_ratio": min(times["adaptive"]) / min(times["fixed"])}
+            row |= {"ratio": ratio, "ratio_range": ratio_range}
             print({name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()}, flush=True)
             yield row
-
-
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of processor time of every call, round by round, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.no_grad():
-        for number in range(rounds + 1):
-            for name, call in calls.items():
-                start = time.process_time()
-                call()
-                if number:
-                    times[name].append(time.process_time() - start)
-    return times
 
 
 def page(found: dict[str, Any]) -> str:
     """The page of tables beside the JSON."""
     parts = [
         "# A learned gate",
-        "Measured by `python tools/bench_adaptive.py`; the raw figures are in `adaptive.json`.",
+        "Made by `python tools/bench_adaptive.py`; the raw figures are in `adaptive.json`.",
     ]
     if "quality" in found:
         parts += quality_page(found["quality"])
@@ -328,13 +312,16 @@ distillation from {s["distill_rows"]} queries with weight {s["distillation_weigh
 
 def overhead_page(found: dict[str, Any]) -> list[str]:
     """The price of the gate."""
-    threads = found["settings"]["threads"]
+    settings = found["settings"]
+    threads = f"{settings['threads']} thread{'s' * (settings['threads'] != 1)}"
     text = f"""## Overhead
 
 Processor time of one forward without gradients at 8,192 tokens, 8 heads of 64, blocks of 64, `native` backend,
-{threads} thread(s): the base module with a fixed pattern, the gate with its own layouts, and the gate with
-`cache=True`, interleaved in one process; medians of {found["settings"]["rounds"]}. *Gate* is `select` alone. The ratio
-is the median of adaptive / fixed over the rounds; the goal is at most 1.25."""
+{threads}: the base module with a fixed pattern, the gate with its own layouts, and the gate with
+`cache=True`, interleaved in one process; medians of {settings["rounds"]}. *Gate* is `select` alone. The ratio
+is the median of adaptive / fixed over the rounds (least to most, where they were recorded); the goal is at most 1.25.
+
+{results.described(found["machine"])}."""
     lines = [
         "| dtype | density | | pooling | fixed ms | gate ms | adaptive ms | cached ms | adaptive / fixed |",
         "|---|---:|---|---|---:|---:|---:|---:|---:|",
@@ -342,60 +329,57 @@ is the median of adaptive / fixed over the rounds; the goal is at most 1.25."""
     for row in found["rows"]:
         causal = "causal" if row["causal"] else ""
         times = " | ".join(f"{row[f'{name}_ms']:.1f}" for name in ("fixed", "gate", "adaptive", "cached"))
-        lines.append(
-            f"| {row['dtype']} | {row['density']:g} | {causal} | `{row['pooling']}` | {times} | {row['ratio']:.2f} |"
-        )
+        ratio = results.shown_ratio([row["ratio"], *row.get("ratio_range", [row["ratio"]] * 2)])
+        lines.append(f"| {row['dtype']} | {row['density']:g} | {causal} | `{row['pooling']}` | {times} | {ratio} |")
     return [text, "\n".join(lines)]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("quality", "overhead"))
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.05])
-    parser.add_argument("--kinds", nargs="+", default=[*FIXED, *LEARNED])
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--pairs", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--block", type=int, default=16)
-    parser.add_argument("--query-block", type=int, default=1)
-    parser.add_argument("--gate", default="straight_through")
-    parser.add_argument("--short-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--gate-rate", type=float, default=1e-2)
-    parser.add_argument("--distill-rows", type=int, default=256)
-    parser.add_argument("--distillation-weight", type=float, default=2.0)
-    parser.add_argument("--temperatures", type=float, nargs=2, default=[0.2, 0.05])
-    parser.add_argument("--warm-from", type=float, default=0.9, help="density that adaptive_warmed starts from")
-    parser.add_argument("--warm-share", type=float, default=0.7, help="of the steps, in which its density falls")
-    parser.add_argument("--warm-rate", type=float, default=3e-3)
-    parser.add_argument("--warm-temperatures", type=float, nargs=2, default=[0.02, 0.01])
-    parser.add_argument("--test", type=int, default=4, help="batches of 8 sequences")
-    parser.add_argument("--overhead-densities", type=float, nargs="+", default=[0.1, 0.2])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--add", action="store_true", help="keep the rows that the file has")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "adaptive.json")
+    """The command line."""
+    parser = results.parser(__doc__, "adaptive.json", ("quality", "overhead"))
+    parser.add_argument("--add", action="store_true", help="keep the rows that the file has of a section")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch")
+    recall = parser.add_argument_group("section quality")
+    recall.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.05], metavar="X", help="asked for")
+    kinds = [*FIXED, *LEARNED]
+    recall.add_argument("--kinds", nargs="+", choices=kinds, default=kinds, metavar="KIND", help="contestants")
+    recall.add_argument("--seeds", type=int, default=2, metavar="N", help="how many")
+    recall.add_argument("--first-seed", type=int, default=0, metavar="N", help="from which on")
+    recall.add_argument("--length", type=int, default=1024, metavar="N", help="tokens of a long sequence")
+    recall.add_argument("--pairs", type=int, default=32, metavar="N", help="keys to recall in it")
+    recall.add_argument("--batch", type=int, default=2, metavar="N", help="long sequences per step")
+    recall.add_argument("--short-steps", type=int, default=300, metavar="N", help="dense, over short sequences")
+    recall.add_argument("--steps", type=int, default=250, metavar="N", help="of every contestant")
+    recall.add_argument("--rate", type=float, default=1e-3, metavar="X", help="of learning")
+    recall.add_argument("--test", type=int, default=4, metavar="N", help="held-out batches of 8 sequences")
+    recall.add_argument("--block", type=int, default=16, metavar="N", help="keys per block, queries too if fixed")
+    gate = parser.add_argument_group("the gate of section quality")
+    gate.add_argument("--query-block", type=int, default=1, metavar="N", help="queries that share their picks")
+    gate.add_argument("--gate", choices=("straight_through", "soft"), default="straight_through", help="its form")
+    gate.add_argument("--gate-rate", type=float, default=1e-2, metavar="X", help="of learning, of the scorer")
+    gate.add_argument("--temperatures", type=float, nargs=2, default=[0.2, 0.05], metavar="X", help="from, to")
+    gate.add_argument("--distill-rows", type=int, default=256, metavar="N", help="queries that teach, per step")
+    gate.add_argument("--distillation-weight", type=float, default=2.0, metavar="X", help="in the loss")
+    gate.add_argument("--warm-from", type=float, default=0.9, metavar="X", help="density adaptive_warmed starts from")
+    gate.add_argument("--warm-share", type=float, default=0.7, metavar="X", help="of the steps, in which it falls")
+    gate.add_argument("--warm-rate", type=float, default=3e-3, metavar="X", help="as --gate-rate, of adaptive_warmed")
+    gate.add_argument("--warm-temperatures", type=float, nargs=2, default=[0.02, 0.01], metavar="X", help="from, to")
+    price = parser.add_argument_group("section overhead")
+    price.add_argument("--overhead-densities", type=float, nargs="+", default=[0.1, 0.2], metavar="X", help="asked for")
+    price.add_argument("--rounds", type=int, default=7, metavar="N", help="of which medians are taken")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only", "add")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "only", "add", "page")}
     measures: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {"quality": quality, "overhead": overhead}
-    for name, measure in measures.items():
-        if args.only in (None, name):
-            kept = found.get(name, {}).get("rows", []) if args.add else []
-            found[name] = {"machine": machine, "settings": settings, "rows": kept}
-            for row in measure(args):
-                kept.append(row)
-                args.out.write_text(json.dumps(found, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(page(found))
+    for name in () if args.page else args.only:
+        kept = results.load(args.out).get(name, {}).get("rows", []) if args.add else []
+        rows = itertools.chain(kept, measures[name](args))
+        results.keep(args.out, name, rows, page, key="rows", settings=settings)
+    results.save(args.out, results.load(args.out), page)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python tools/bench_cpu.py                                     # everything; the better part of an hour
     python tools/bench_cpu.py --only speed --tokens 4096 --rounds 3
     python tools/bench_cpu.py --only speed --layouts random --densities 0.1 --head-dims 96 --blocks 32 --tokens 5000
-    python tools/bench_cpu.py --backends torch --out /tmp/cpu.json
+    python tools/bench_cpu.py --backends torch --out other.json   # leaves the committed figures alone
 
 Everything that is compared takes turns in one process, on the same tensors: a round runs each contestant once, and what
 is reported is the median of the rounds with the spread beside it. Every backend is first checked against the float64
@@ -21,17 +21,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cpu_report
 import numpy as np
+import results
 import torch
 from cpu_cases import DTYPES, contestants_of, flex_forward, layout_of, operands, runners, share_of_dense
 from cpu_memory import memory
-from cpu_turns import etas, machine, only, take_turns, watched
+from cpu_turns import etas, only, take_turns, watched
 
 import bs_kernels.plan
 from bs_kernels import LayoutPlan, TokenMask
@@ -40,7 +40,6 @@ from bs_kernels.testing import check_against_oracle, make_case, make_layout
 from bs_patterns import BlockLayout
 
 DENSE = ("dense forward", "dense both")
-OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "cpu.json"
 
 # -- sections ----------------------------------------------------------------------------------------------------------
 
@@ -94,9 +93,8 @@ def compare(
     return records
 
 
-def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
+def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time and η over density, head dim, block size and layout."""
-    records = []
     for dtype, dim, kv_heads in itertools.product(args.dtypes, args.head_dims, args.kv_heads):
         inputs = operands(args.tokens, args.heads, kv_heads, dim, DTYPES[dtype])
         kinds = list(itertools.product(args.layouts, args.blocks))
@@ -115,9 +113,8 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
                 for measured in compare(layouts, inputs, args.rounds, flex=flex).values():
                     what = {"dtype": dtype, "head_dim": dim, "heads": args.heads, "kv_heads": kv_heads}
                     what |= {"tokens": args.tokens, "layout": name, "block": block}
-                    records.append(what | measured)
-                    print(one_line(records[-1]), flush=True)
-    return records
+                    print(one_line(what | measured), flush=True)
+                    yield what | measured
 
 
 def one_line(record: dict[str, Any]) -> str:
@@ -125,9 +122,8 @@ def one_line(record: dict[str, Any]) -> str:
     return f"  {what}: " + ", ".join(f"{name} η={eta[0]}" for name, eta in record["eta"].items())
 
 
-def length(args: argparse.Namespace) -> list[dict[str, Any]]:
+def length(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Time and η over length: 16 blocks of 64 per row, and fixed densities (those on the first backend only)."""
-    records = []
     for dtype, tokens in itertools.product(args.dtypes, args.lengths):
         inputs = operands(tokens, args.heads, args.heads, 64, DTYPES[dtype])
         per_row = min(1.0, 16 * 64 / tokens * (2 if args.causal else 1))
@@ -140,10 +136,9 @@ def length(args: argparse.Namespace) -> list[dict[str, Any]]:
         # A round of dense attention over 65,536 tokens takes minutes.
         for key, measured in compare(layouts, inputs, args.rounds, once=tokens > args.long).items():
             record = {"dtype": dtype, "tokens": tokens, "heads": args.heads, "head_dim": 64, "layout": key} | measured
-            records.append(record)
             shown = ", ".join(f"{name} {found['ms']:.1f} ms" for name, found in record["times"].items())
             print(f"  {dtype} S={tokens} {key} density={record['density']}: {shown}", flush=True)
-    return records
+            yield record
 
 
 #: What makes torch leave newer instructions alone.
@@ -153,14 +148,13 @@ _LIKE = {
 }
 
 
-def engines(args: argparse.Namespace) -> list[dict[str, Any]]:
+def engines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """η of every instruction set that the native core runs here, each in a process of its own."""
     from bs_kernels.backends._native_lib import EMULATED, load, missing_reason
 
     if missing_reason():
         print(f"  no native core: {missing_reason()}")
-        return []
-    records = []
+        return
     for isa in load().supported:
         if isa == EMULATED:
             continue
@@ -171,9 +165,9 @@ def engines(args: argparse.Namespace) -> list[dict[str, Any]]:
         if done.returncode:
             raise SystemExit(f"bench_cpu: {isa}: {done.stderr[-2000:]}")
         for line in done.stdout.splitlines():
-            records.append({"isa": isa} | json.loads(line))
-            print(f"  {isa}:{one_line(records[-1])}", flush=True)
-    return records
+            record = {"isa": isa} | json.loads(line)
+            print(f"  {isa}:{one_line(record)}", flush=True)
+            yield record
 
 
 def child_engine(options: dict[str, Any]) -> None:
@@ -187,9 +181,8 @@ def child_engine(options: dict[str, Any]) -> None:
             print(json.dumps(what | {"layout": "random", "block": 64} | measured))
 
 
-def masks(args: argparse.Namespace) -> list[dict[str, Any]]:
+def masks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What a mask inside blocks costs, against the same blocks without one."""
-    records = []
     tokens, block = args.tokens, 64
     wide = layout_of("window", tokens, block, args.heads, 0.2, causal=False)
     padding = torch.ones(1, tokens, dtype=torch.bool)
@@ -211,31 +204,23 @@ def masks(args: argparse.Namespace) -> list[dict[str, Any]]:
                 rest = {key: value for key, value in arguments.items() if key != "window"}
 
                 turns[mask] = watched(name, runners(name, tensors, cotangent, plan, **rest)[1])
-            times = take_turns(turns, args.rounds)
+            times = take_turns(turns, args.rounds, keep_rounds=True)
             slots = {
                 mask: LayoutPlan.build(wide, TokenMask(window=a.get("window"))).indices.numel()
                 for mask, a in variants.items()
             }
+            per_block = {mask: [ms / slots[mask] for ms in times[mask]["rounds"]] for mask in variants}
             for mask in variants:
-                per_block = times[mask]["ms"] / slots[mask] / (times["none"]["ms"] / slots["none"])
-                records.append(
-                    {
-                        "dtype": dtype,
-                        "backend": name,
-                        "mask": mask,
-                        "cost_per_block": round(per_block, 3),
-                        "time": times[mask],
-                    }
-                )
-                print(f"  {dtype} {name} {mask}: {per_block:.3f} × the cost of a block without a mask", flush=True)
-    return records
+                cost = results.ratio(per_block[mask], per_block["none"])
+                what = {"dtype": dtype, "backend": name, "mask": mask, "cost_per_block": cost[0], "cost_range": cost}
+                print(f"  {dtype} {name} {mask}: {cost[0]:.3f} × the cost of a block without a mask", flush=True)
+                yield what | {"time": times[mask]}
 
 
-def small(args: argparse.Namespace) -> list[dict[str, Any]]:
+def small(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What a call costs above its backend at 256 tokens, and the backends against each other on tiny inputs."""
     from bs_kernels._arguments import make_call
 
-    records = []
     for tokens in (32, 64, 128, 256, 512):
         for heads in (1, 8):
             block = min(64, tokens)
@@ -252,14 +237,12 @@ def small(args: argparse.Namespace) -> list[dict[str, Any]]:
                 name: round((times[f"{name} forward"]["best"] - times[f"{name} bare"]["best"]) * 1e3, 1)
                 for name in args.backends
             }
-            records.append(record)
             print(f"  S={tokens} H={heads}: µs above the backend {record['overhead_us']}", flush=True)
-    return records
+            yield record
 
 
-def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
+def plan(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Building a plan, cold, and looking it up."""
-    records = []
     for tokens, heads, density in ((8192, 1, 0.1), (65536, 8, 0.05), (1 << 20, 1, 16 * 64 / (1 << 20))):
         generator = np.random.default_rng(0)
         n = tokens // 64
@@ -274,9 +257,8 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
 
         look_up = partial(LayoutPlan.build, layout, TokenMask(causal=True))
         times = take_turns({"build": partial(forgotten, look_up), "look up": look_up}, 15)
-        records.append({"tokens": tokens, "heads": heads, "blocks": layout.nnz, "times": times})
         print(f"  {tokens} tokens × {heads} heads, {layout.nnz} blocks: {times['build']['ms']:.2f} ms", flush=True)
-    return records
+        yield {"tokens": tokens, "heads": heads, "blocks": layout.nnz, "times": times}
 
 
 def forgotten(build: Callable[[], Any]) -> None:
@@ -285,7 +267,7 @@ def forgotten(build: Callable[[], Any]) -> None:
     build()
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[dict[str, Any]]]] = {
     "speed": speed,
     "length": length,
     "engines": engines,
@@ -296,46 +278,53 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
 }
 
 
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = results.parser(__doc__, "cpu.json", SECTIONS)
+    available = [b.name for b in BACKENDS if b.name in ("native", "torch")]
+    parser.add_argument("--backends", nargs="+", default=available, metavar="NAME", help="beside dense attention")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of every comparison")
+    parser.add_argument("--heads", type=int, default=8, metavar="N", help="query heads, but for section memory")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE", help=_CHOICES)
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128], metavar="N", help="of speed, engines")
+    parser.add_argument("--no-causal", dest="causal", action="store_false", help="speed and length without causality")
+    speed = parser.add_argument_group("section speed")
+    speed.add_argument("--tokens", type=int, default=8192, metavar="N", help="of section masks too")
+    speed.add_argument("--layouts", nargs="+", choices=("random", "window"), default=["random", "window"], help="kinds")
+    speed.add_argument("--blocks", nargs="+", type=int, default=[64, 128], metavar="N", help="tokens per block")
+    speed.add_argument("--densities", nargs="+", type=float, default=[0.05, 0.125, 0.5, 1.0], metavar="X", help="asked")
+    speed.add_argument("--kv-heads", nargs="+", type=int, metavar="N", help="None: as many as heads, and a quarter")
+    speed.add_argument("--no-flex", dest="flex", action="store_false", help="leave FlexAttention out")
+    length = parser.add_argument_group("section length")
+    lengths = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
+    length.add_argument("--lengths", nargs="+", type=int, default=lengths, metavar="N", help="tokens")
+    length.add_argument("--long", type=int, default=16384, metavar="N", help="tokens beyond which there is one round")
+    length.add_argument("--length-densities", nargs="*", type=float, default=[0.05, 0.125], metavar="X", help="asked")
+    rest = parser.add_argument_group("sections engines and memory")
+    rest.add_argument("--engine-tokens", type=int, default=4096, metavar="N", help="of section engines")
+    lengths = [8192, 16384, 32768, 65536, 131072]
+    rest.add_argument("--memory-lengths", nargs="+", type=int, default=lengths, metavar="N", help="tokens, at 8 heads")
+    rest.add_argument("--longest", type=int, default=1 << 20, metavar="N", help="last memory case, at 4 heads; 0: none")
+    args = parser.parse_args()
+    args.kv_heads = args.kv_heads or sorted({args.heads, max(1, args.heads // 4)}, reverse=True)
+    return args
+
+
+_CHOICES = f"of: {', '.join(DTYPES)}"
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--child-engine"]:
         child_engine(json.loads(sys.argv[2]))
         return
-    available = [b.name for b in BACKENDS if b.name in ("native", "torch")]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # pyright: ignore[reportOptionalMemberAccess]
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--backends", nargs="+", default=available)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192, 16384, 32768, 65536])
-    parser.add_argument("--long", type=int, default=16384, help="tokens beyond which lengths are measured once")
-    parser.add_argument("--length-densities", nargs="*", type=float, default=[0.05, 0.125])
-    parser.add_argument("--engine-tokens", type=int, default=4096)
-    parser.add_argument("--memory-lengths", nargs="+", type=int, default=[8192, 16384, 32768, 65536, 131072])
-    parser.add_argument("--longest", type=int, default=1 << 20, help="tokens of the last memory case; 0: none")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument(
-        "--kv-heads", nargs="+", type=int, default=None, help="default: as many as heads, and a quarter"
-    )
-    parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
-    parser.add_argument("--blocks", nargs="+", type=int, default=[64, 128])
-    parser.add_argument("--densities", nargs="+", type=float, default=[0.05, 0.125, 0.5, 1.0])
-    parser.add_argument("--layouts", nargs="+", choices=("random", "window"), default=["random", "window"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--no-causal", dest="causal", action="store_false")
-    parser.add_argument("--no-flex", dest="flex", action="store_false")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
-    args.kv_heads = args.kv_heads or sorted({args.heads, max(1, args.heads // 4)}, reverse=True)
-
-    check(args.backends)
-    found = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for name in args.only:
-        print(name, flush=True)
-        where = machine()
-        found[name] = {"machine": where, "records": SECTIONS[name](args)}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
-        args.out.with_suffix(".md").write_text(cpu_report.page(found))
+    args = parse()
+    if not args.page:
+        check(args.backends)
+        for name in args.only:
+            print(name, flush=True)
+            results.keep(args.out, name, SECTIONS[name](args), cpu_report.page)
+    found = results.load(args.out)
+    results.save(args.out, found, cpu_report.page)
     cpu_report.plots(found, args.out.parent)
 
 

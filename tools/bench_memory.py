@@ -8,64 +8,29 @@ Timings that are compared are interleaved in this process, round by round, so th
 What a machine cannot measure is written down as not measured.
 """
 
-import argparse
-import json
-import os
-import platform
 import resource
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import results
 import torch
 
 from bs_memory import BufferPool, DeviceCache, MemoryPressure, default_pool, oom_recovery
 
 MIB = 1 << 20
-OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "memory.json"
 NOT_MEASURED = "not yet measured"
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cpus": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "system": " ".join([platform.system(), *platform.libc_ver()]).strip(),
-    }
 
 
 def interleaved(sides: dict[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, dict[str, float]]:
     """Seconds per call of each side, the sides taking turns; best, median and worst of the rounds."""
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    for run in sides.values():
-        run()
-    for _ in range(rounds):
-        for name, run in sides.items():
-            begin = time.perf_counter()
-            for _ in range(calls):
-                run()
-            samples[name].append((time.perf_counter() - begin) / calls)
     return {
         name: {"best": min(times), "median": statistics.median(times), "worst": max(times)}
-        for name, times in samples.items()
+        for name, times in results.take_turns(sides, rounds, calls=calls).items()
     }
 
 
@@ -290,7 +255,7 @@ def bench_training(steps: int = 3, rounds: int = 5) -> list[dict[str, Any]] | st
     return rows
 
 
-def table(results: dict[str, Any]) -> str:
+def page(found: dict[str, Any]) -> str:
     """The results as a Markdown page."""
     lines = [
         "# bs-memory, measured",
@@ -301,20 +266,14 @@ def table(results: dict[str, Any]) -> str:
     ]
 
     def heading(part: str, title: str) -> Any:
-        info = results[part]["machine"]
-        lines.extend(["", f"## {title}", ""])
-        lines.append(
-            f"{info['cpu']}, {info['cpus']} CPUs, {info['cuda'] or 'no GPU'}, {info['system']}, torch {info['torch']}, "
-            f"Python {info['python']}, {info['torch_threads']} torch thread; load {info['load']}."
-        )
-        lines.append("")
-        return results[part]["result"]
+        lines.extend(["", f"## {title}", "", f"{results.described(found[part]['machine'])}.", ""])
+        return found[part]["result"]
 
-    if "hot" in results:
+    if "hot" in found:
         rows = heading("hot", "What one call costs")
         lines += ["| call | best, µs | median, µs |", "|---|---:|---:|"]
         lines += [f"| {name} | {t['best'] * 1e6:.2f} | {t['median'] * 1e6:.2f} |" for name, t in rows.items()]
-    if "buffers" in results:
+    if "buffers" in found:
         rows = heading("buffers", "CPU buffers, written once per use; best of the rounds")
         lines += [
             "| MiB | pool, ms | torch.empty, ms | torch.empty / pool | page faults, pool | page faults, torch.empty |",
@@ -327,7 +286,7 @@ def table(results: dict[str, Any]) -> str:
                 f"| {row['mib']} | {pool:.3f} | {fresh:.3f} | {row['ratio_of_bests']:.2f} | {few:.0f} | {many:.0f} |"
             )
     for key, title in (("pinned", "Pinned host buffers"), ("cuda", "Device buffers on one stream")):
-        if key in results:
+        if key in found:
             rows = heading(key, title)
             if isinstance(rows, str):
                 lines.append(f"{rows.capitalize()}: this machine has no GPU.")
@@ -336,7 +295,7 @@ def table(results: dict[str, Any]) -> str:
             for row in [{"mib": 16, "seconds": rows}] if isinstance(rows, dict) else rows:
                 for name, t in row["seconds"].items():
                     lines.append(f"| {row['mib']} | {name} | {t['best'] * 1e6:.1f} | {t['median'] * 1e6:.1f} |")
-    if "hammer" in results:
+    if "hammer" in found:
         h = heading("hammer", "Threads that hammer one pool")
         lines.append(
             f"{h['threads']} threads for {h['seconds']:.0f} s under a budget of {h['max_bytes'] / MIB:.0f} MiB, every "
@@ -344,7 +303,7 @@ def table(results: dict[str, Any]) -> str:
             f"{h['still_leased']} left over, {h['evictions']:,} evictions, hit rate {h['hit_rate']:.1%}, high water "
             f"{h['high_water_bytes'] / MIB:.2f} MiB."
         )
-    if "training" in results:
+    if "training" in found:
         rows = heading("training", "A training step with and without the pool")
         if isinstance(rows, str):
             return "\n".join([*lines, f"{rows.capitalize()}.", ""])
@@ -373,12 +332,9 @@ def table(results: dict[str, Any]) -> str:
 def main() -> int:
     """Runs what was asked for; updates the JSON and writes the page beside it."""
     parts = ("hot", "buffers", "pinned", "cuda", "hammer", "training")
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="which measurements to take")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long the threads hammer")
-    parser.add_argument("--out", type=Path, default=OUT, help="the JSON file; the page goes beside it")
+    parser = results.parser(__doc__, "memory.json", parts)
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="X", help="how long the threads hammer")
     arguments = parser.parse_args()
-    results: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     runs: dict[str, Callable[[], Any]] = {
         "hot": bench_hot,
         "buffers": bench_buffers,
@@ -388,14 +344,15 @@ def main() -> int:
         "training": bench_training,
     }
     torch.set_num_threads(1)
-    for part in arguments.only:
+    aliased = 0
+    for part in () if arguments.page else arguments.only:
         print(f"{part} …", file=sys.stderr, flush=True)
-        results[part] = {"machine": machine(), "result": runs[part]()}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
-    arguments.out.with_suffix(".md").write_text(table(results))
-    print(table({part: results[part] for part in arguments.only}))
-    return 1 if "hammer" in arguments.only and results["hammer"]["result"]["aliased"] else 0
+        section = {"machine": results.machine(), "result": runs[part]()}
+        aliased += section["result"]["aliased"] if part == "hammer" else 0
+        results.save(arguments.out, results.load(arguments.out) | {part: section}, page)
+        print(page({part: section}))
+    results.save(arguments.out, results.load(arguments.out), page)
+    return 1 if aliased else 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python tools/bench_patterns.py                       # everything; some minutes
     python tools/bench_patterns.py --only layouts curve  # some of it
-    python tools/bench_patterns.py --out /tmp/patterns.json --rounds 3
+    python tools/bench_patterns.py --out other.json --rounds 3
 
 Every case runs in a process of its own, so that peak memory is that of the case: the process's peak resident set minus
 what it was after the imports. Times are of the first call ("cold", page faults included) and the best of the rounds, by
@@ -10,21 +10,21 @@ the clock and in processor time, which neighbours on a busy machine change less.
 """
 
 import argparse
+import io
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
+import results
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "patterns.json"
+import bs_patterns as b
+
 TOKENS, BLOCK, DENSITY = 2**20, 64, 0.01
 SEGMENTS = ([2048, 8192, 2**20], [1, 2, 8])
 CURVE = [2**n for n in range(10, 25, 2)]
@@ -35,8 +35,6 @@ BUDGET = {"layouts": (1.0, 400), "LocalWindow": (0.1, 400), "operations": (0.5, 
 
 
 def patterns() -> dict[str, Any]:
-    import bs_patterns as b
-
     return {
         "LocalWindow": b.LocalWindow(4096),
         "DilatedSparse": b.DilatedSparse([1, 2, 4, 8]),
@@ -56,41 +54,35 @@ def patterns() -> dict[str, Any]:
 
 
 def layout_case(name: str, causal: bool, segments: bool) -> Callable[[], Any]:
-    from bs_patterns import LongNetSegments
-
     pattern = patterns()[name]
-    candidates = LongNetSegments(*SEGMENTS) if segments else None
+    candidates = b.LongNetSegments(*SEGMENTS) if segments else None
     return lambda: pattern.layout(TOKENS, block_size=BLOCK, density=DENSITY, causal=causal, candidates=candidates)
 
 
 def operation_case(name: str) -> Callable[[], Any]:
-    import io
-
-    from bs_patterns import BigBird, BlockLayout, DilatedSparse
-
-    a = DilatedSparse([2, 4, 8]).layout(TOKENS, block_size=BLOCK, density=DENSITY)
-    b = BigBird(num_random_blocks=64).layout(TOKENS, block_size=BLOCK, density=DENSITY)
+    a = b.DilatedSparse([2, 4, 8]).layout(TOKENS, block_size=BLOCK, density=DENSITY)
+    other = b.BigBird(num_random_blocks=64).layout(TOKENS, block_size=BLOCK, density=DENSITY)
     stream, coo = io.BytesIO(), a.to_coo()
     a.save(stream)
 
-    def fresh() -> BlockLayout:
+    def fresh() -> b.BlockLayout:
         """The same layout without anything cached."""
-        return BlockLayout(a.block_size, a.seq_len, a.indptr, a.indices, a.causal)
+        return b.BlockLayout(a.block_size, a.seq_len, a.indptr, a.indices, a.causal)
 
     return {
         "digest": lambda: fresh().digest,
         "T": lambda: fresh().T,
-        "|": lambda: a | b,
-        "&": lambda: a & b,
-        "-": lambda: a - b,
-        "<=": lambda: a <= b,
+        "|": lambda: a | other,
+        "&": lambda: a & other,
+        "-": lambda: a - other,
+        "<=": lambda: a <= other,
         "validate": lambda: fresh().validate(),
         "as_causal": lambda: a.as_causal(),
         "rows_at": lambda: a.rows_at(TOKENS // 2, TOKENS),
         "stats": lambda: a.stats(),
-        "from_coo": lambda: BlockLayout.from_coo(*coo, block_size=BLOCK, seq_len=TOKENS),
+        "from_coo": lambda: b.BlockLayout.from_coo(*coo, block_size=BLOCK, seq_len=TOKENS),
         "save": lambda: a.save(io.BytesIO()),
-        "load": lambda: BlockLayout.load(io.BytesIO(stream.getvalue())),
+        "load": lambda: b.BlockLayout.load(io.BytesIO(stream.getvalue())),
     }[name]
 
 
@@ -113,8 +105,6 @@ ORDERS = ["hilbert_order", "morton_order", "row_order", "longest_first_order", "
 
 
 def order_case(name: str) -> Callable[[], Any]:
-    import bs_patterns as b
-
     if name == "hilbert_tokens":
         return lambda: b.hilbert_tokens((1024, 1024))
     rows = TOKENS // BLOCK
@@ -127,8 +117,6 @@ def order_case(name: str) -> Callable[[], Any]:
 
 
 def curve_case(name: str, tokens: int) -> Callable[[], Any]:
-    import bs_patterns as b
-
     density = min(1.0, BLOCKS_PER_ROW * BLOCK / tokens)
     pattern = b.Hierarchical.auto(tokens, density) if name == "Hierarchical.auto" else patterns()[name]
     return lambda: pattern.layout(tokens, block_size=BLOCK, density=density)
@@ -136,8 +124,6 @@ def curve_case(name: str, tokens: int) -> Callable[[], Any]:
 
 def measure(case: list[Any], rounds: int) -> dict[str, Any]:
     """Run one case in this process."""
-    import bs_patterns  # noqa: F401 - part of the baseline
-
     kind, *arguments = case
     make = {"layouts": layout_case, "operations": operation_case, "orders": order_case, "curve": curve_case}[kind]
     run = make(*arguments)
@@ -188,24 +174,12 @@ def imports(rounds: int) -> dict[str, float]:
     return {"numpy_ms": min(run[0] for run in runs[1:]), "bs_patterns_ms": min(run[1] for run in runs[1:])}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line] if (
-        info.exists()
-    ) else []  # fmt: skip
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "load_at_start": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "system": platform.platform(),
-    }
-
-
-def run_all(only: list[str], rounds: int) -> dict[str, Any]:
-    cases = {
+def records(kind: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """All cases of a kind."""
+    if kind == "imports":
+        yield imports(rounds)
+        return
+    cases: dict[str, list[list[Any]]] = {
         "layouts": [["layouts", name, causal, False] for name in patterns() for causal in (False, True)]
         + [["layouts", name, False, True] for name in patterns() if name != "Custom"],
         "operations": [["operations", name] for name in OPERATIONS],
@@ -216,122 +190,92 @@ def run_all(only: list[str], rounds: int) -> dict[str, Any]:
             for tokens in CURVE
         ],
     }
-    results: dict[str, Any] = {"machine": machine(), "rounds": rounds}
-    results["settings"] = {
-        "tokens": TOKENS,
-        "block": BLOCK,
-        "density": DENSITY,
-        "segments": SEGMENTS,
-        "curve_blocks_per_row": BLOCKS_PER_ROW,
-    }
-    for kind in only:
-        results[kind] = imports(rounds) if kind == "imports" else [in_child(case, rounds) for case in cases[kind]]
-    return results
+    yield from (in_child(case, rounds) for case in cases[kind])
 
 
-def page(results: dict[str, Any]) -> str:
+def page(found: dict[str, Any]) -> str:
     """The results as a Markdown page."""
-    host = results["machine"]
     lines = [
         "# Patterns and layouts at scale",
         "",
-        "Measured by `python tools/bench_patterns.py`, each case in a process of its own, on "
-        f"{host['cpu']}, {host['cpus']} CPUs (load {host['load_at_start']} when it began), Python {host['python']}, "
-        f"numpy {host['numpy']}. Everything here runs on one core. *Cold* is the first call of the process, page "
-        f"faults of fresh memory included; *best* is the best of {results['rounds']} more, *CPU* the least "
-        "processor time; *peak* is the growth of the resident set over the imports. The raw figures are in "
-        "`patterns.json`.",
+        "Made by `python tools/bench_patterns.py`, each case in a process of its own; the raw figures are in "
+        "`patterns.json`. Everything here runs on one core. *Cold* is the first call of the process, page faults of "
+        "fresh memory included; *best* is the best of several more, *CPU* the least processor time; *peak* is the "
+        "growth of the resident set over the imports.",
     ]
-    if "layouts" in results:
+
+    def heading(kind: str, title: str) -> list[dict[str, Any]]:
+        section = found[kind]
+        about = f"{results.described(section['machine'])}. {section['rounds']} calls after the first."
+        lines.extend(["", f"## {title}", "", about, ""])
+        return section["records"]
+
+    if "layouts" in found:
+        measured = heading("layouts", f"Making a layout of {TOKENS:,} tokens, block {BLOCK}, density {DENSITY:.0%}")
         lines += [
-            "",
-            f"## Making a layout of {TOKENS:,} tokens, block {BLOCK}, density {DENSITY:.0%}",
-            "",
             f"{TOKENS // BLOCK:,} × {TOKENS // BLOCK:,} blocks. With segments: `LongNetSegments{SEGMENTS}`.",
             "",
             "| pattern | | active blocks | density met | cold s | best s | CPU s | peak MiB |",
             "|---|---|---:|---:|---:|---:|---:|---:|",
         ]
-        for row in results["layouts"]:
+        for row in measured:
             _, name, causal, segments = row["case"]
             kind = "segments" if segments else "causal" if causal else ""
             lines.append(
                 f"| `{name}` | {kind} | {row['nnz']:,} | {row['density']:.6f} | {row['cold_s']:.3f} | "
                 f"{row['best_s']:.3f} | {row['cpu_s']:.3f} | {row['peak_mib']:.0f} |"
             )
-    if "operations" in results:
-        lines += [
-            "",
-            "## Working with such layouts",
-            "",
-            "| operation | cold s | best s | CPU s | peak MiB |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        lines += [_row(row) for row in results["operations"]]
-    if "orders" in results:
-        lines += [
-            "",
-            "## Orders of a layout of 1,000,000 active blocks",
-            "",
-            "`locality`: a cache of 256 blocks, in Hilbert order. `hilbert_tokens`: 1024 × 1024 tokens.",
-            "",
-            "| order | cold s | best s | CPU s | peak MiB |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        lines += [_row(row) for row in results["orders"]]
-    if "curve" in results:
-        lines += [
-            "",
-            f"## Cost grows with the active blocks: {BLOCKS_PER_ROW} per row, 1K to 16M tokens",
-            "",
-            "| pattern | tokens | active blocks | best s | CPU s | CPU ns per active block | peak MiB |",
-            "|---|---:|---:|---:|---:|---:|---:|",
-        ]
-        for row in results["curve"]:
+    short = ["cold s", "best s", "CPU s", "peak MiB"]
+    if "operations" in found:
+        rows = [_row(row) for row in heading("operations", "Working with such layouts")]
+        lines += results.table(["operation", *short], rows)
+    if "orders" in found:
+        rows = [_row(row) for row in heading("orders", "Orders of a layout of 1,000,000 active blocks")]
+        lines += ["`locality`: a cache of 256 blocks, in Hilbert order. `hilbert_tokens`: 1024 × 1024 tokens.", ""]
+        lines += results.table(["order", *short], rows)
+    if "curve" in found:
+        rows = []
+        for row in heading("curve", f"Cost grows with the active blocks: {BLOCKS_PER_ROW} per row, 1K to 16M tokens"):
             _, name, tokens = row["case"]
             each = 1e9 * row["cpu_s"] / row["nnz"]
-            lines.append(
-                f"| `{name}` | {tokens:,} | {row['nnz']:,} | {row['best_s']:.4f} | {row['cpu_s']:.4f} | {each:.0f} | "
-                f"{row['peak_mib']:.0f} |"
-            )
-    if "imports" in results:
-        found = results["imports"]
-        lines += [
-            "",
-            "## Importing",
-            "",
-            f"`import numpy` takes {found['numpy_ms']:.0f} ms of processor time, `import bs_patterns` "
-            f"{found['bs_patterns_ms']:.0f} ms more (best of {results['rounds']}).",
-        ]
+            times = [f"{row['best_s']:.4f}", f"{row['cpu_s']:.4f}", f"{each:.0f}", f"{row['peak_mib']:.0f}"]
+            rows.append([f"`{name}`", f"{tokens:,}", f"{row['nnz']:,}", *times])
+        header = ["pattern", "tokens", "active blocks", "best s", "CPU s", "CPU ns per active block", "peak MiB"]
+        lines += results.table(header, rows)
+    if "imports" in found:
+        (row,) = heading("imports", "Importing")
+        lines.append(
+            f"`import numpy` takes {row['numpy_ms']:.0f} ms of processor time, `import bs_patterns` "
+            f"{row['bs_patterns_ms']:.0f} ms more, at best."
+        )
     return "\n".join(lines) + "\n"
 
 
-def _row(row: dict[str, Any]) -> str:
+def _row(row: dict[str, Any]) -> list[str]:
     name = row["case"][1].replace("|", "\\|")
-    return f"| `{name}` | {row['cold_s']:.3f} | {row['best_s']:.3f} | {row['cpu_s']:.3f} | {row['peak_mib']:.0f} |"
+    return [f"`{name}`", *(f"{row[what]:.3f}" for what in ("cold_s", "best_s", "cpu_s")), f"{row['peak_mib']:.0f}"]
 
 
-def over_budget(results: dict[str, Any]) -> list[str]:
+def over_budget(measured: dict[str, Any]) -> list[str]:
     """The cases whose processor time or peak memory is over what was promised."""
     found = []
     for kind in ("layouts", "operations", "orders"):
-        for row in results.get(kind, []):
+        for row in measured.get(kind, {"records": []})["records"]:
             restricted = kind == "layouts" and row["case"][3]
             seconds, mib = BUDGET[kind] if restricted else BUDGET.get(row["case"][1], BUDGET[kind])
             judged = kind != "orders" or row["case"][1].endswith("_order")
             if judged and (row["cpu_s"] > seconds or (mib is not None and row["peak_mib"] > mib)):
                 found.append(f"{row['case']}: CPU {row['cpu_s']:.3f} s, {row['peak_mib']:.0f} MiB")
-    if "imports" in results and results["imports"]["bs_patterns_ms"] > 50:
-        found.append(f"import: {results['imports']['bs_patterns_ms']:.0f} ms")
+    for row in measured.get("imports", {"records": []})["records"]:
+        if row["bs_patterns_ms"] > 50:
+            found.append(f"import: {row['bs_patterns_ms']:.0f} ms")
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     kinds = ["layouts", "operations", "orders", "curve", "imports"]
-    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="measure these alone")
-    parser.add_argument("--rounds", type=int, default=5, help="calls per case")
-    parser.add_argument("--out", type=Path, default=OUT, help="JSON file; the page is written beside it")
+    parser = results.parser(__doc__, "patterns.json", kinds)
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="calls of a case after the first")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -339,10 +283,11 @@ def main() -> int:
             warnings.simplefilter("error")
             print(json.dumps(measure(json.loads(options.case), options.rounds)))
         return 0
-    results = run_all(options.only, options.rounds)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(page(results))
-    over = over_budget(results)
+    for kind in () if options.page else options.only:
+        results.keep(options.out, kind, records(kind, options.rounds), page, rounds=options.rounds)
+    found = results.load(options.out)
+    results.save(options.out, found, page)
+    over = over_budget(found)
     print("\n".join(["over budget:", *over]) if over else "every figure is within its budget")
     return 1 if over else 0
 

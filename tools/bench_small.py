@@ -1,7 +1,8 @@
-"""Measures tiny dense inputs on a CPU, where what surrounds a kernel decides; writes docs/benchmarks/small.json.
+"""Measures tiny dense inputs on a CPU, where what surrounds a kernel decides; writes docs/benchmarks/small.json
+and the page beside it.
 
     python tools/bench_small.py                    # a minute
-    python tools/bench_small.py --tokens 64 --rounds 500 --out /tmp/small.json
+    python tools/bench_small.py --tokens 64 --rounds 500 --out other.json
 
 Torch's `scaled_dot_product_attention`, bare, against `block_sparse_attention` over a layout with every block active, on
 the `native` backend and, where it can, on `flash` (torch's dense kernel behind the same checks). They take turns in one
@@ -11,14 +12,15 @@ process on the same tensors; what is reported is the fastest of the rounds, sinc
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import results
 import torch
 from cpu_cases import DTYPES, contestants_of, operands, runners
-from cpu_turns import machine, only, take_turns
+from cpu_turns import only, take_turns
 
 from bs_kernels import LayoutPlan, explain_backends
 from bs_patterns import BlockLayout
@@ -52,27 +54,51 @@ def measure(dtype: str, tokens: int, heads: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def page(found: dict[str, Any]) -> str:
+    """The results as a Markdown page."""
+    section = found["dense"]
+    names = ["dense", "native", "flash"]
+    lines = [
+        "# Tiny dense inputs, measured",
+        "",
+        "Made by `python tools/bench_small.py`; the raw figures are in `small.json`. Every block is active. “Dense” is "
+        "a bare `scaled_dot_product_attention`; `native` and `flash` (torch's dense kernel) stand behind "
+        "`block_sparse_attention` with all its checks. They take turns in one process; microseconds of the fastest "
+        "round. “Both” is forward and backward.",
+        "",
+        f"{results.described(section['machine'])}. Head dim {section['head_dim']}.",
+        "",
+    ]
+    header = ["dtype", "heads", "tokens", *(f"{name} {what}" for what in ("forward", "both") for name in names)]
+    rows = []
+    for r in section["records"]:
+        times = [r["best_us"].get(f"{name} {what}") for what in ("forward", "both") for name in names]
+        rows.append([r["dtype"], r["heads"], r["tokens"], *("" if t is None else f"{t:,.0f}" for t in times)])
+    return "\n".join([*lines, *results.table(header, rows)]) + "\n"
+
+
+def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All of them, one by one."""
+    for dtype, heads, tokens in itertools.product(args.dtypes, args.heads, args.tokens):
+        record = measure(dtype, tokens, heads, args.rounds)
+        shown = ", ".join(f"{name} {best:.0f}" for name, best in record["best_us"].items())
+        print(f"{dtype} S={tokens} H={heads}: {shown} µs", flush=True)
+        yield record
+
+
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 32, 64, 128, 256])
-    parser.add_argument("--heads", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=150)
-    default = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "small.json"
-    parser.add_argument("--out", type=Path, default=default)
+    parser = results.parser(__doc__, "small.json")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 32, 64, 128, 256], metavar="N", help="lengths")
+    parser.add_argument("--heads", nargs="+", type=int, default=[1, 8], metavar="N", help="query and key heads")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), metavar="DTYPE", help="of inputs")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch")
+    parser.add_argument("--rounds", type=int, default=150, metavar="N", help="of which the fastest counts")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    result: dict[str, Any] = {"head_dim": HEAD_DIM, "machine": machine(), "records": []}
-    for dtype in args.dtypes:
-        for heads in args.heads:
-            for tokens in args.tokens:
-                record = measure(dtype, tokens, heads, args.rounds)
-                result["records"].append(record)
-                shown = ", ".join(f"{name} {best:.0f}" for name, best in record["best_us"].items())
-                print(f"{dtype} S={tokens} H={heads}: {shown} µs", flush=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if not args.page:
+        results.keep(args.out, "dense", records(args), head_dim=HEAD_DIM)
+    results.save(args.out, results.load(args.out), page)
 
 
 if __name__ == "__main__":

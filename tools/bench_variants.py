@@ -1,7 +1,7 @@
 """Measures every variant of bs-modules; writes docs/benchmarks/variants.json and the page of tables beside it.
 
     python tools/bench_variants.py                       # everything: under eight minutes on two cores
-    python tools/bench_variants.py --tokens 1024 --rounds 3 --out /tmp/variants.json
+    python tools/bench_variants.py --tokens 1024 --rounds 3 --out other.json
     python tools/bench_variants.py --only training hilbert
     python tools/bench_variants.py --device cuda --out docs/benchmarks/variants_gpu.json
 
@@ -23,21 +23,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 import variants_orders
 import variants_report
-from bench_cpu import machine
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from bs_kernels.watch import BackendRun, watch
 from bs_modules import create_block_sparse_attention, get_block_sparse_preset
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "variants.json"
 SECTIONS = ("variants", "memory", "training", "equal", "hilbert")
 VARIANTS = ("base", "hierarchical", "adaptive", "hilbert", "multihead", "distributed", "dilated")
 DENSITY, BLOCK, HEADS, DIM = 0.1, 64, 4, 64
@@ -139,33 +138,27 @@ def only(backend: str, what: str) -> Iterator[None]:
 
 def take_turns(
     contestants: dict[str, Callable[[], Any]], rounds: int, backend: str, against: str
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Milliseconds and ratios to one contestant, round by round; one round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for at in range(rounds + 1):
-        for name, run in contestants.items():
-            if name == "dense":
-                seconds = _timed(run)
-            else:
-                with only(backend, name):
-                    seconds = _timed(run)
-            if at:
-                times[name].append(seconds * 1e3)
-    found = {}
-    for name, values in times.items():
+
+    def watched(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+        def inner() -> None:
+            with nullcontext() if name == "dense" else only(backend, name):
+                run()
+            _wait()
+
+        return inner
+
+    _wait()
+    times = results.take_turns({name: watched(name, run) for name, run in contestants.items()}, rounds)
+    found: dict[str, dict[str, Any]] = {}
+    for name, seconds in times.items():
+        values = [x * 1e3 for x in seconds]
         low, mid, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        mid_ratio, least, most = results.ratio(seconds, times[against])
         found[name] = {"ms": round(mid, 3), "q1": round(low, 3), "q3": round(high, 3)}
-        ratios = [own / base for own, base in zip(values, times[against], strict=True)]
-        found[name]["ratio"] = round(statistics.median(ratios), 3)
+        found[name] |= {"ratio": mid_ratio, "ratio_range": [least, most]}
     return found
-
-
-def _timed(run: Callable[[], Any]) -> float:
-    _wait()
-    begin = time.perf_counter()
-    run()
-    _wait()
-    return time.perf_counter() - begin
 
 
 def _wait() -> None:
@@ -173,9 +166,8 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def section_variants(options: argparse.Namespace, backend: str) -> list[dict[str, Any]]:
+def section_variants(options: argparse.Namespace, backend: str) -> Iterator[dict[str, Any]]:
     """Time of every variant, forward and both, beside the base and dense attention."""
-    records = []
     for tokens in options.tokens:
         rounds = options.rounds or (15 if tokens <= 4096 else 9 if tokens <= 16_384 else 5)
         modules = {variant: make(variant) for variant in VARIANTS}
@@ -189,33 +181,29 @@ def section_variants(options: argparse.Namespace, backend: str) -> list[dict[str
             found[phase] = take_turns({name: run[phase] for name, run in runs.items()}, rounds, backend, "base")
         for name in runs:
             met = 1.0 if name == "dense" else modules[name].get_pattern_stats()["density"]  # pyright: ignore[reportCallIssue]
-            records.append(
-                {
-                    "variant": name,
-                    "tokens": tokens,
-                    "rounds": rounds,
-                    "asked": 1.0 if name == "dense" else asked(name),
-                    "met": round(float(met), 5),
-                    "backend": "torch's own" if name == "dense" else backend,
-                    **{phase: found[phase][name] for phase in ("forward", "both")},
-                }
-            )
             print(f"  {tokens:6} {name:12} {found['forward'][name]['ms']:9.2f} {found['both'][name]['ms']:9.2f} ms")
-    return records
+            yield {
+                "variant": name,
+                "tokens": tokens,
+                "rounds": rounds,
+                "asked": 1.0 if name == "dense" else asked(name),
+                "met": round(float(met), 5),
+                "backend": "torch's own" if name == "dense" else backend,
+                **{phase: found[phase][name] for phase in ("forward", "both")},
+            }
 
 
-def section_memory(options: argparse.Namespace, backend: str) -> list[dict[str, Any]]:
+def section_memory(options: argparse.Namespace, backend: str) -> Iterator[dict[str, Any]]:
     """Peak memory of every variant, each in a process of its own."""
-    records = []
     for tokens in options.tokens:
         for variant in VARIANTS:
             words = [sys.executable, __file__, "--device", options.device, "--child", variant, str(tokens), backend]
             done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
             if done.returncode:
                 raise SystemExit(f"bench_variants: the child for {variant} at {tokens} tokens failed:\n{done.stderr}")
-            records.append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"  {tokens:6} {variant:12} {records[-1]}")
-    return records
+            record = json.loads(done.stdout.splitlines()[-1])
+            print(f"  {tokens:6} {variant:12} {record}", flush=True)
+            yield record
 
 
 def child(variant: str, tokens: int, backend: str, device: str) -> None:
@@ -290,10 +278,9 @@ class Copier(nn.Module):
         return self.outward(x + attended)
 
 
-def section_training(options: argparse.Namespace, backend: str) -> list[dict[str, Any]]:
+def section_training(options: argparse.Namespace, backend: str) -> Iterator[dict[str, Any]]:
     """Optimizer steps of every variant in bf16."""
     tokens = min(8192, max(options.tokens))
-    records = []
     for variant in VARIANTS:
         torch.manual_seed(0)
         model = Copier(variant, tokens).to(options.device)
@@ -320,27 +307,24 @@ def section_training(options: argparse.Namespace, backend: str) -> list[dict[str
             raise SystemExit(f"bench_variants: training {variant}: no gradient for {', '.join(missing)}")
         if not losses[-1] < losses[0]:
             raise SystemExit(f"bench_variants: training {variant}: the loss did not fall: {losses}")
-        records.append(
-            {
-                "variant": variant,
-                "tokens": tokens,
-                "steps": options.steps,
-                "losses": losses,
-                "step_ms": round(statistics.median(times[1:] or times), 1),
-                "backend": backend,
-                "met": round(float(model.attention.get_pattern_stats()["density"]), 5),  # pyright: ignore[reportCallIssue]
-            }
-        )
-        print(f"  {variant:12} loss {losses[0]:.3f} → {losses[-1]:.3f}, {records[-1]['step_ms']} ms a step")
-    return records
+        step_ms = round(statistics.median(times[1:] or times), 1)
+        print(f"  {variant:12} loss {losses[0]:.3f} → {losses[-1]:.3f}, {step_ms} ms a step", flush=True)
+        yield {
+            "variant": variant,
+            "tokens": tokens,
+            "steps": options.steps,
+            "losses": losses,
+            "step_ms": step_ms,
+            "backend": backend,
+            "met": round(float(model.attention.get_pattern_stats()["density"]), 5),  # pyright: ignore[reportCallIssue]
+        }
 
 
 # -- levels at equal density, orders -----------------------------------------------------------------------------------
 
 
-def section_equal(options: argparse.Namespace, backend: str) -> list[dict[str, Any]]:
+def section_equal(options: argparse.Namespace, backend: str) -> Iterator[dict[str, Any]]:
     """Hierarchical attention beside the base at equal density: that of a preset's levels, and one asked for."""
-    records = []
     presets: list[tuple[str, dict[str, Any]]] = [(f"hierarchical_{name}", {}) for name in ("standard", "fine", "long")]
     asked_for = ("hierarchical_standard", {"sparsity_ratio": LOW_DENSITY})
     for tokens in options.tokens:
@@ -361,21 +345,18 @@ def section_equal(options: argparse.Namespace, backend: str) -> list[dict[str, A
                 phase: take_turns({who: run[phase] for who, run in runs.items()}, rounds, backend, "base")
                 for phase in ("forward", "both")
             }
-            records.append(
-                {
-                    "preset": name,
-                    "tokens": tokens,
-                    "block_size": size,
-                    "density": round(density, 5),
-                    "base_density": round(base.layout(tokens, True).density, 5),
-                    **{phase: {"preset": found[phase][name], "base": found[phase]["base"]} for phase in found},
-                }
-            )
-            print(f"  {tokens:6} {name:44} both × {found['both'][name]['ratio']} of the base's")
-    return records
+            print(f"  {tokens:6} {name:44} both × {found['both'][name]['ratio']} of the base's", flush=True)
+            yield {
+                "preset": name,
+                "tokens": tokens,
+                "block_size": size,
+                "density": round(density, 5),
+                "base_density": round(base.layout(tokens, True).density, 5),
+                **{phase: {"preset": found[phase][name], "base": found[phase]["base"]} for phase in found},
+            }
 
 
-def section_hilbert(options: argparse.Namespace, backend: str) -> dict[str, Any]:
+def section_hilbert(options: argparse.Namespace, backend: str) -> Iterator[dict[str, Any]]:
     """Orders of processing, and orders of tokens; see `variants_orders`."""
 
     def turns(contestants: dict[str, Callable[[], Any]], against: str) -> dict[str, dict[str, float]]:
@@ -388,35 +369,25 @@ def section_hilbert(options: argparse.Namespace, backend: str) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32_768], metavar="N")
-    parser.add_argument("--device", choices=tuple(OPTIMISED), default="cpu", help="[cpu]")
-    parser.add_argument("--rounds", type=int, default=None, metavar="N", help="[5 to 15, by length]")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps of each variant [8]")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
-    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE")
-    parser.add_argument("--child", nargs=3, default=None, help=argparse.SUPPRESS)
+    parser = results.parser(__doc__, "variants.json", SECTIONS)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32_768], metavar="N", help="lengths")
+    parser.add_argument("--device", choices=tuple(OPTIMISED), default="cpu", help="where tensors lie")
+    parser.add_argument("--rounds", type=int, metavar="N", help="None: 5 to 15, by length")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps of each variant")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
         child(options.child[0], int(options.child[1]), options.child[2], options.device)
         return
-    torch.manual_seed(0)
-    backend = optimised(options.device)
-    found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    for name in options.only:
-        print(f"{name}:", flush=True)
-        begin = time.perf_counter()
-        where = machine() | {"device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu"}
-        records = globals()[f"section_{name}"](options, backend)
-        found[name] = {
-            "machine": where,
-            "settings": {"density": DENSITY, "block_size": BLOCK, "heads": HEADS, "head_dim": DIM, "dtype": "bfloat16"},
-            "seconds": round(time.perf_counter() - begin, 1),
-            "records": records,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        options.out.with_suffix(".md").write_text(variants_report.page(found), encoding="utf-8")
+    if not options.page:
+        torch.manual_seed(0)
+        backend = optimised(options.device)
+        settings = {"density": DENSITY, "block_size": BLOCK, "heads": HEADS, "head_dim": DIM, "dtype": "bfloat16"}
+        for name in options.only:
+            print(f"{name}:", flush=True)
+            records = globals()[f"section_{name}"](options, backend)
+            results.keep(options.out, name, records, variants_report.page, settings=settings)
+    results.save(options.out, results.load(options.out), variants_report.page)
     print(f"wrote {options.out} and {options.out.with_suffix('.md')}")
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import results
+from results import shown, shown_ratio, table
+
 _INTRODUCTION = """\
 # Kernels on a CPU, measured
 
@@ -35,19 +38,8 @@ def page(found: dict[str, Any]) -> str:
     ):
         section = found.get(name)
         if section:
-            where = "{cpu} ({i}), {cpus} CPUs, {threads} torch threads, torch {torch}, load {load}.".format(
-                **section["machine"], i=" ".join(section["machine"]["instructions"])
-            )
-            lines += [*write(section["records"], where), ""]
+            lines += [*write(section["records"], results.described(section["machine"]) + "."), ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
-    return [
-        f"| {' | '.join(header)} |",
-        f"|{'---|' * len(header)}",
-        *(f"| {' | '.join(map(str, row))} |" for row in rows),
-    ]
 
 
 def _speed_table(records: list[dict[str, Any]], where: str) -> list[str]:
@@ -62,21 +54,14 @@ def _speed_table(records: list[dict[str, Any]], where: str) -> list[str]:
             r["layout"],
             r["block"],
             r["density"],
-            r["times"]["dense forward"]["ms"],
-            r["times"]["dense both"]["ms"],
-            *(_with_range(r["eta"].get(name)) for name in contestants),
+            *(shown(r["times"][name]["ms"]) for name in ("dense forward", "dense both")),
+            *(shown_ratio(r["eta"].get(name)) for name in contestants),
         ]
         for r in records
     ]
     first = records[0]
     what = f"{first['tokens']} tokens, {first['heads']} heads, {'causal' if first['causal'] else 'not causal'}."
-    return [*lines, "", what, "", *_table(header + [f"η {name}" for name in contestants], rows)]
-
-
-def _with_range(eta: list[float] | None) -> str:
-    if eta is None:
-        return ""
-    return f"{eta[0]:.2f}" + (f" ({eta[1]:.2f} to {eta[2]:.2f})" if eta[1] < eta[2] else "")
+    return [*lines, "", what, "", *table(header + [f"η {name}" for name in contestants], rows)]
 
 
 def _length_table(records: list[dict[str, Any]], where: str) -> list[str]:
@@ -95,14 +80,14 @@ def _length_table(records: list[dict[str, Any]], where: str) -> list[str]:
                 r["dtype"],
                 r["tokens"],
                 r["density"],
-                *(r["times"][name]["ms"] for name in contestants),
-                *(_with_range(eta) for eta in r["eta"].values()),
+                *(shown(r["times"][name]["ms"]) for name in contestants),
+                *(shown_ratio(eta) for eta in r["eta"].values()),
             ]
             for r in chosen
         ]
         header = [*(f"{name}, ms" for name in contestants), *(f"η {name}" for name in chosen[0]["eta"])]
         title = f"### {kind.replace('16', '16 blocks')}" if "row" in kind else f"### Density {kind}"
-        lines += [title, "", *_table(["dtype", "tokens", "density", *header], rows), ""]
+        lines += [title, "", *table(["dtype", "tokens", "density", *header], rows), ""]
     return lines[:-1]
 
 
@@ -119,8 +104,8 @@ def _engines_table(records: list[dict[str, Any]], where: str) -> list[str]:
             r["dtype"],
             r["head_dim"],
             r["density"],
-            *(r["times"][name]["ms"] for name in ("dense forward", "dense both", "native forward", "native both")),
-            *(_with_range(r["eta"][name]) for name in ("native forward", "native both")),
+            *(shown(r["times"][x]["ms"]) for x in ("dense forward", "dense both", "native forward", "native both")),
+            *(shown_ratio(r["eta"][name]) for name in ("native forward", "native both")),
         ]
         for r in records
     ]
@@ -128,13 +113,16 @@ def _engines_table(records: list[dict[str, Any]], where: str) -> list[str]:
     header += ["native forward, ms", "native both, ms", "η forward", "η both"]
     if records:
         lines += [f"{records[0]['tokens']} tokens, {records[0]['heads']} heads, random, blocks of 64, causal.", ""]
-    return lines + _table(header, rows)
+    return lines + table(header, rows)
 
 
 def _masks_table(records: list[dict[str, Any]], where: str) -> list[str]:
-    rows = [[r["dtype"], r["backend"], r["mask"], r["cost_per_block"]] for r in records]
+    rows = [
+        [r["dtype"], r["backend"], r["mask"], shown_ratio(r.get("cost_range", [r["cost_per_block"]] * 3))]
+        for r in records
+    ]
     header = ["dtype", "backend", "mask", "cost per active block, relative"]
-    return ["## Masks inside blocks, forward and backward", "", where, "", *_table(header, rows)]
+    return ["## Masks inside blocks, forward and backward", "", where, "", *table(header, rows)]
 
 
 def _small_table(records: list[dict[str, Any]], where: str) -> list[str]:
@@ -142,36 +130,41 @@ def _small_table(records: list[dict[str, Any]], where: str) -> list[str]:
     rows = [[r["tokens"], r["heads"], *(round(r["times"][name]["best"] * 1e3) for name in names)] for r in records]
     header = ["tokens", "heads", *(f"{name}, µs" for name in names)]
     note = "“Bare” is the backend alone; forward minus bare is what the call costs above the arithmetic. Best of 200."
-    return ["## Tiny inputs", "", where, "", note, "", *_table(header, rows)]
+    return ["## Tiny inputs", "", where, "", note, "", *table(header, rows)]
 
 
 def _plan_table(records: list[dict[str, Any]], where: str) -> list[str]:
-    rows = [
-        [r["tokens"], r["heads"], r["blocks"], r["times"]["build"]["ms"], r["times"]["look up"]["ms"]] for r in records
-    ]
-    return ["## Plans", "", where, "", *_table(["tokens", "heads", "blocks", "build, ms", "look up, ms"], rows)]
+    rows = []
+    for r in records:
+        sizes = [shown(r["tokens"]), r["heads"], shown(r["blocks"])]
+        rows.append(sizes + [shown(r["times"][name]["ms"]) for name in ("build", "look up")])
+    return ["## Plans", "", where, "", *table(["tokens", "heads", "blocks", "build, ms", "look up, ms"], rows)]
 
 
 def _memory_table(records: list[dict[str, Any]], where: str) -> list[str]:
     names = list(dict.fromkeys(r["name"] for r in records))
     sizes = list(dict.fromkeys((r["tokens"], r["heads"]) for r in records))
     found = {(r["tokens"], r["heads"], r["name"]): r for r in records}
-    rows = []
-    for size in sizes:
-        cells = [found.get((*size, name)) for name in names]
-        rows.append([f"{size[0]:,}", size[1], *("" if r is None else f"{r['peak_mib']:,}" for r in cells)])
-        rows[-1] += ["" if r is None else r["seconds"] for r in cells]
+
+    def cell(size: tuple[int, int], name: str, what: str) -> str:
+        record = found.get((*size, name))
+        return "not run" if record is None else "failed" if "failed" in record else shown(record[what])
+
+    rows = [
+        [shown(size[0]), size[1], *(cell(size, name, what) for what in ("peak_mib", "seconds") for name in names)]
+        for size in sizes
+    ]
     note = (
-        "Peak above the inputs and seconds of one forward and backward, first call, in a process of its own; bfloat16, "
+        "Peak above the inputs and seconds of one forward and backward, in a process of its own; bfloat16, "
         "head dim 64, causal, 16 blocks of 64 per row. “Explicit” holds the scores, which from 32,768 tokens on take "
         "16 GiB and more, several times over: it was not run there. “Dense” is `scaled_dot_product_attention`, "
         "which holds none."
     )
     header = ["tokens", "heads", *(f"{name}, MiB" for name in names), *(f"{name}, s" for name in names)]
-    last = [r for r in records if r["tokens"] == sizes[-1][0]] if records else []
+    last = [r for r in records if r["tokens"] == sizes[-1][0] and "failed" not in r]
     in_all = ", ".join(f"{r['name']} {r['total_mib']:,} MiB" for r in last)
     whole = f"At the longest, the whole process with inputs and torch itself: {in_all}."
-    return ["## Memory over length", "", where, "", note, "", *_table(header, rows), "", whole]
+    return ["## Memory over length", "", where, "", note, "", *table(header, rows), "", whole]
 
 
 def plots(found: dict[str, Any], folder: Path) -> None:

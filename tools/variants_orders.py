@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,18 +34,18 @@ PATTERNS = {
 }
 
 
-def measure(tokens: int, turns: Turns, heads: int, dim: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Both kinds of order.
+def measure(
+    tokens: int, turns: Turns, heads: int, dim: int, dtype: torch.dtype, device: str
+) -> Iterator[dict[str, Any]]:
+    """Both kinds of order: a record of each pattern, then of each grid.
 
     Args:
         tokens: Length for the 1-D patterns; grids have about as many tokens.
         turns: Times contestants against one of them.
         heads, dim, dtype, device: Of the tensors.
     """
-    return {
-        "tiles": [_tiles(name, tokens, turns, heads, dim, dtype, device) for name in PATTERNS],
-        "tokens": [_tokens(grid, radius, turns, heads, dim, dtype, device) for grid, radius in _grids(tokens)],
-    }
+    yield from (_tiles(name, tokens, turns, heads, dim, dtype, device) for name in PATTERNS)
+    yield from (_tokens(grid, radius, turns, heads, dim, dtype, device) for grid, radius in _grids(tokens))
 
 
 def _runners(layout: BlockLayout, order: str, heads: int, dim: int, dtype: torch.dtype, device: str) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import results
+from results import shown, shown_ratio, table
+
 _INTRODUCTION = """\
 # Variants, measured
 
 Made by `python tools/bench_variants.py`; the raw figures, quartiles included, are in `variants.json`. Everything that
-is compared takes turns in one process, and ratios are medians of the ratios within a round. Each variant ran on the
-backend that is named, through its public module, or the run would have failed. “Both” is forward and backward. Load is
-the machine's load average when a section began.
+is compared takes turns in one process, and ratios are medians of the ratios within a round (least to most, where they
+were recorded). Each variant ran on the backend that is named, through its public module, or the run would have failed.
+“Both” is forward and backward. Load is the machine's load average when a section began.
 """
 
 
@@ -25,27 +28,15 @@ def page(found: dict[str, Any]) -> str:
     ):
         if name in found:
             section = found[name]
-            machine = section["machine"]
-            where = (
-                f"{machine['cpu']} ({' '.join(machine['instructions'])}), {machine['cpus']} CPUs, {machine['threads']} "
-                f"torch threads, torch {machine['torch']}, load {machine['load']}"
-                + ("." if machine.get("device", "cpu") == "cpu" else f"; on {machine['device']}.")
-            )
-            lines += [*write(section, where, found), ""]
+            lines += [*write(section, results.described(section["machine"]) + ".", found), ""]
     if not found:
         lines.append("Not yet measured.")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
-    lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
-    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)]
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
+def _ratio(found: dict[str, Any], digits: int = 2) -> str:
+    """The ratio, with its range in files that have one."""
+    return shown_ratio([found["ratio"], *found.get("ratio_range", [found["ratio"]] * 2)], digits)
 
 
 def _settings(section: dict[str, Any]) -> str:
@@ -80,13 +71,13 @@ def _variants(section: dict[str, Any], where: str, found: dict[str, Any]) -> lis
                     r["variant"],
                     "–" if r["asked"] is None else r["asked"],
                     f"{r['met']:.4f}",
-                    *(x for p in ("forward", "both") for x in (_shown(r[p]["ms"]), f"{r[p]['ratio']:.2f}")),
-                    _shown(peak.get("forward_mib")),
-                    _shown(peak.get("both_mib")),
+                    *(x for p in ("forward", "both") for x in (shown(r[p]["ms"]), _ratio(r[p]))),
+                    shown(peak.get("forward_mib")),
+                    shown(peak.get("both_mib")),
                     r["backend"],
                 ]
             )
-        lines += ["", f"### {tokens:,} tokens", "", *_table(header, rows)]
+        lines += ["", f"### {tokens:,} tokens", "", *table(header, rows)]
     return lines
 
 
@@ -96,7 +87,7 @@ def _training(section: dict[str, Any], where: str, found: dict[str, Any]) -> lis
     first = records[0]
     header = ["variant", "density met", "loss before", f"after {first['steps']} steps", "ms a step", "backend"]
     rows = [
-        [r["variant"], f"{r['met']:.4f}", r["losses"][0], r["losses"][-1], _shown(r["step_ms"]), r["backend"]]
+        [r["variant"], f"{r['met']:.4f}", r["losses"][0], r["losses"][-1], shown(r["step_ms"]), r["backend"]]
         for r in records
     ]
     what = (
@@ -104,7 +95,7 @@ def _training(section: dict[str, Any], where: str, found: dict[str, Any]) -> lis
         f"{first['tokens']:,} tokens, the target being the token four places back, under bf16 autocast with AdamW. "
         "It shows that every parameter gets a gradient and that the loss falls, no more."
     )
-    return ["## Training steps", "", where, "", what, "", *_table(header, rows)]
+    return ["## Training steps", "", where, "", what, "", *table(header, rows)]
 
 
 def _equal(section: dict[str, Any], where: str, found: dict[str, Any]) -> list[str]:
@@ -117,7 +108,7 @@ def _equal(section: dict[str, Any], where: str, found: dict[str, Any]) -> list[s
             r["block_size"],
             f"{r['density']:.4f}",
             f"{r['base_density']:.4f}",
-            *(x for p in ("forward", "both") for x in (_shown(r[p]["preset"]["ms"]), f"{r[p]['preset']['ratio']:.2f}")),
+            *(x for p in ("forward", "both") for x in (shown(r[p]["preset"]["ms"]), _ratio(r[p]["preset"]))),
         ]
         for r in section["records"]
     ]
@@ -125,26 +116,26 @@ def _equal(section: dict[str, Any], where: str, found: dict[str, Any]) -> list[s
         "Levels decide a preset's density unless one is asked for; the base is asked for the same one. A ratio above 1 "
         "is a loss."
     )
-    return ["## Levels beside the base at equal density", "", where, "", what, "", *_table(header, rows)]
+    return ["## Levels beside the base at equal density", "", where, "", what, "", *table(header, rows)]
 
 
 def _hilbert(section: dict[str, Any], where: str, found: dict[str, Any]) -> list[str]:
     del found
     records = section["records"]
-    tiles, tokens = records["tiles"], records["tokens"]
+    tiles, tokens = ([r for r in records if key in r] for key in ("pattern", "grid"))
     orders = list(tiles[0]["misses"])
     header = ["pattern", "figure", *orders]
     rows = []
     for r in tiles:
         rows.append([r["pattern"], "misses", *(f"{r['misses'][o]:,}" for o in orders)])
         for p in ("forward", "both"):
-            rows.append(["", f"{p}, × row", *(f"{r[p][o]['ratio']:.3f}" for o in orders)])
+            rows.append(["", f"{p}, × row", *(_ratio(r[p][o], 3) for o in orders)])
     lines = ["## Hilbert order", "", where, "", "### Of tiles, on a line of tokens", ""]
     lines += [
         f"{tiles[0]['tokens']:,} tokens, density 0.1, not causal: the same blocks in another order. Misses are loads "
         f"of key blocks that an LRU cache of {tiles[0]['cache_blocks']} does not hold. A ratio above 1 is a loss.",
         "",
-        *_table(header, rows),
+        *table(header, rows),
         "",
         "### Of tokens, on a grid",
         "",
@@ -157,10 +148,10 @@ def _hilbert(section: dict[str, Any], where: str, found: dict[str, Any]) -> list
         rows.append(["", "density", *(f"{r['density'][o]:.4f}" for o in orders)])
         rows.append(["", "misses", *(f"{r['misses'][o]:,}" for o in orders)])
         for p in ("forward", "both"):
-            rows.append(["", f"{p}, ms", *(_shown(r[p][o]["ms"]) for o in orders)])
-            rows.append(["", f"{p}, × row", *(f"{r[p][o]['ratio']:.3f}" for o in orders)])
+            rows.append(["", f"{p}, ms", *(shown(r[p][o]["ms"]) for o in orders)])
+            rows.append(["", f"{p}, × row", *(_ratio(r[p][o], 3) for o in orders)])
     what = (
         "Tokens of an image or a video, stored in row-major order or along a curve; every token attends to the blocks "
         "of all tokens within the radius along each axis. Here the order decides how many blocks there are."
     )
-    return [*lines, what, "", *_table(["grid", "figure", *orders], rows)]
+    return [*lines, what, "", *table(["grid", "figure", *orders], rows)]
