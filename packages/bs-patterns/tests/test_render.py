@@ -45,7 +45,7 @@ def framed(text):
 @given(layouts(), st.integers(1, 30), st.integers(1, 30))
 def test_coverage_counts_active_and_allowed_blocks(layout, lines, columns):
     heads = list(range(layout.heads))
-    view = coverage(layout, heads, lines, columns)
+    view = coverage(layout._blocks, heads, lines, columns)
     every = BlockLayout.from_dense(
         np.ones(layout.shape, bool), block_size=layout.block_size, seq_len=layout.seq_len, causal=layout.causal
     )

@@ -1,4 +1,4 @@
-"""Layouts from COO triples and from dense masks."""
+"""The blocks of layouts from COO triples and from dense masks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from numpy.typing import ArrayLike
 
 from . import _csr
 from ._csr import Bool, Int64
-from ._grid import Grid
-from .layout import BlockLayout
+from ._grid import Blocks, Grid
 
 
-def from_coo(head: ArrayLike, row: ArrayLike, column: ArrayLike, grid: Grid, heads: int) -> BlockLayout:
+def from_coo(head: ArrayLike, row: ArrayLike, column: ArrayLike, grid: Grid, heads: int) -> Blocks:
     """See `BlockLayout.from_coo`."""
     rows, cols = grid.shape
     triple = [
@@ -28,10 +27,10 @@ def from_coo(head: ArrayLike, row: ArrayLike, column: ArrayLike, grid: Grid, hea
         keep = j < grid.allowed_per_row()[i]
         h, i, j = h[keep], i[keep], j[keep]
     keys = _csr.unique_keys((h * rows + i) * cols + j)
-    return BlockLayout._trusted(grid, *_csr.csr_of(keys, heads, rows, cols))
+    return Blocks(grid, *_csr.csr_of(keys, heads, rows, cols))
 
 
-def from_dense(mask: ArrayLike, grid: Grid) -> BlockLayout:
+def from_dense(mask: ArrayLike, grid: Grid) -> Blocks:
     """See `BlockLayout.from_dense`."""
     dense = _bool_mask("mask", mask, "[heads, q_blocks, kv_blocks]")
     if dense.shape[1:] != grid.shape:
@@ -43,7 +42,7 @@ def from_dense(mask: ArrayLike, grid: Grid) -> BlockLayout:
     return from_coo(h, i, j, grid, len(dense))
 
 
-def from_token_mask(mask: ArrayLike, block_size: tuple[int, int], causal: bool) -> BlockLayout:
+def from_token_mask(mask: ArrayLike, block_size: tuple[int, int], causal: bool) -> Blocks:
     """See `BlockLayout.from_token_mask`."""
     tokens = _bool_mask("mask", mask, "[heads, Sq, Sk]")
     _, len_q, len_k = tokens.shape

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._csr import Int64
-from .layout import BlockLayout
+from ._grid import Blocks
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,26 @@ class Coverage:
         return bool(self.allowed.max() == 1 and (np.diff(self.row_edges) == 1).all())
 
 
-def coverage(layout: BlockLayout, heads: Sequence[int], lines: int, columns: int) -> Coverage:
+def coverage(blocks: Blocks, heads: Sequence[int], lines: int, columns: int) -> Coverage:
     """Count the blocks of some heads in a picture of at most `lines` × `columns` cells. O(nnz + q_blocks + cells).
 
     Args:
-        layout: Any layout.
-        heads: Indices of the layout's heads to draw over one another.
+        blocks: Those of any layout.
+        heads: Indices of its heads to draw over one another.
         lines: Most lines; fewer query blocks get a line each.
         columns: Most columns; fewer key blocks get a column each.
     """
-    _, rows, cols = layout.shape
+    rows, cols = blocks.grid.shape
     row_edges, column_edges = _edges(rows, lines), _edges(cols, columns)
     line_of = np.repeat(np.arange(len(row_edges) - 1), np.diff(row_edges))
     column_of = np.repeat(np.arange(len(column_edges) - 1), np.diff(column_edges))
     shape = len(row_edges) - 1, len(column_edges) - 1
     active = np.zeros(shape, np.int64)
     for head in heads:
-        row = layout.indptr[head]
-        cell = np.repeat(line_of * shape[1], np.diff(row)) + column_of[layout.indices[row[0] : row[-1]]]
+        row = blocks.indptr[head]
+        cell = np.repeat(line_of * shape[1], np.diff(row)) + column_of[blocks.indices[row[0] : row[-1]]]
         active += np.bincount(cell, minlength=active.size).reshape(shape)
-    allowed = _prefix_counts(layout._grid.allowed_per_row(), line_of, shape, column_edges, column_of)
+    allowed = _prefix_counts(blocks.grid.allowed_per_row(), line_of, shape, column_edges, column_of)
     return Coverage(active, allowed * len(heads), row_edges, column_edges)
 
 

@@ -43,7 +43,7 @@ def figure_of_heads(layout: BlockLayout, heads: Sequence[int], cells: int, title
     """One panel per head, in rows of four."""
     panels = []
     for head in heads:
-        view = coverage(layout, [head], cells, cells)
+        view = coverage(layout._blocks, [head], cells, cells)
         active = int(view.active.sum())
         share = active / max(int(view.allowed.sum()), 1)
         top = float(view.share.max())
@@ -60,7 +60,7 @@ def figure_of_change(
     panels = []
     for head in heads:
         parts = [layout, other, only_left, only_right, both]
-        views = [coverage(part, [0 if part.heads == 1 else head], cells, cells) for part in parts]
+        views = [coverage(part._blocks, [0 if part.heads == 1 else head], cells, cells) for part in parts]
         top = max(float(view.share.max()) for view in views[:2])
         name = f"head {head}, " if max(layout.heads, other.heads) > 1 else ""
         for part, view, label in zip(parts, views[:2], titles, strict=False):

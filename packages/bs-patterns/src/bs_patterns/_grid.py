@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from ._check import INT32_MAX
-from ._csr import Int64
+from ._csr import Int32, Int64
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,26 @@ class Grid:
         out -= k_last[cols]
         np.maximum(out, k_first[cols] - q_last[rows], out=out)
         return np.maximum(out, 0, out=out)
+
+
+class Blocks(NamedTuple):
+    """What a layout is made of: active blocks on a grid, as the CSR of `BlockLayout`."""
+
+    grid: Grid
+    indptr: Int64
+    indices: Int32
+
+    @property
+    def heads(self) -> int:
+        """Number of heads; 1 stands for all."""
+        return len(self.indptr)
+
+    @property
+    def allowed(self) -> int:
+        """Number of allowed blocks over all heads."""
+        return self.heads * int(self.grid.allowed_per_row().sum())
+
+    @property
+    def density(self) -> float:
+        """Active / allowed blocks."""
+        return len(self.indices) / self.allowed

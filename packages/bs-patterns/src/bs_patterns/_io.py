@@ -9,23 +9,27 @@ from __future__ import annotations
 import errno
 import io
 import os
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+
+from ._grid import Blocks
 
 if TYPE_CHECKING:
     from zipfile import ZipFile
 
-    from .layout import BlockLayout
+T = TypeVar("T")
 
 _FORMAT = 1
 _MEMBERS = {"header": np.dtype("<i8"), "indptr": np.dtype("<i8"), "indices": np.dtype("<i4")}
 
 
-def save(layout: BlockLayout, file: str | os.PathLike[str] | IO[bytes]) -> None:
+def save(blocks: Blocks, file: str | os.PathLike[str] | IO[bytes]) -> None:
     """See `BlockLayout.save`."""
-    header = np.array([_FORMAT, *layout.block_size, *layout.seq_len, int(layout.causal)], "<i8")
-    indptr, indices = layout.indptr.astype("<i8", copy=False), layout.indices.astype("<i4", copy=False)
+    grid = blocks.grid
+    header = np.array([_FORMAT, *grid.block_size, *grid.seq_len, int(grid.causal)], "<i8")
+    indptr, indices = blocks.indptr.astype("<i8", copy=False), blocks.indices.astype("<i4", copy=False)
     if not isinstance(file, str | os.PathLike):
         np.savez(file, header=header, indptr=indptr, indices=indices)
         return
@@ -43,18 +47,16 @@ def save(layout: BlockLayout, file: str | os.PathLike[str] | IO[bytes]) -> None:
         raise
 
 
-def load(file: str | os.PathLike[str] | IO[bytes]) -> BlockLayout:
-    """See `BlockLayout.load`."""
+def load(file: str | os.PathLike[str] | IO[bytes], make: Callable[..., T]) -> T:
+    """What `make` makes of ``(block_size, seq_len, indptr, indices, causal)``; see `BlockLayout.load`."""
     if not isinstance(file, str | os.PathLike):
-        return _read(file, "file")
+        return _read(file, "file", make)
     with open(file, "rb") as handle:
-        return _read(handle, os.fspath(file))
+        return _read(handle, os.fspath(file), make)
 
 
-def _read(handle: IO[bytes], name: str) -> BlockLayout:
+def _read(handle: IO[bytes], name: str, make: Callable[..., T]) -> T:
     from zipfile import BadZipFile, ZipFile
-
-    from .layout import BlockLayout
 
     try:
         with ZipFile(handle) as archive:
@@ -70,10 +72,7 @@ def _read(handle: IO[bytes], name: str) -> BlockLayout:
         raise ValueError(f"{name}: expected a layout header of format {_FORMAT}, got {header.tolist()}")
     _, block_q, block_k, len_q, len_k, causal = header.tolist()
     try:
-        layout = BlockLayout(
-            (block_q, block_k), (len_q, len_k), arrays["indptr"], arrays["indices"], causal=bool(causal)
-        )
-        return layout.validate()
+        return make((block_q, block_k), (len_q, len_k), arrays["indptr"], arrays["indices"], bool(causal))
     except ValueError as error:
         raise ValueError(f"{name}: expected a valid layout, got {error}") from error
 

@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._coverage import Coverage, coverage
-from .layout import BlockLayout
+from ._grid import Blocks, Grid
 
 Cells = NDArray[np.str_]
+
+#: Characters inside the frame, unless told otherwise.
+WIDTH = 64
 
 
 class Glyphs(NamedTuple):
@@ -50,21 +53,38 @@ class _Canvas:
         return self.columns * self.stretch
 
 
-def picture(layout: BlockLayout, heads: Sequence[int], width: int, glyphs: Glyphs) -> list[str]:
-    """Lines of a framed picture of some heads over one another, and of its legend."""
-    canvas = _canvas(layout, width)
-    view = coverage(layout, heads, canvas.lines, canvas.columns)
+def summary(blocks: Blocks, times: str) -> str:
+    """One line: sizes, causality, density."""
+    grid, heads = blocks.grid, blocks.heads
+    (rows, cols), (block_q, block_k) = grid.shape, grid.block_size
+    return (
+        f"{heads} head{'s' * (heads > 1)}, {rows:,} {times} {cols:,} blocks of {block_q:,} {times} {block_k:,} tokens, "
+        f"{'causal' if grid.causal else 'not causal'}, density {blocks.density:.4g} ({len(blocks.indices):,} active)"
+    )
+
+
+def picture(blocks: Blocks, heads: Sequence[int], width: int, glyphs: Glyphs) -> list[str]:
+    """Lines of a summary, of a framed picture of some heads over one another, and of its legend."""
+    canvas = _canvas(blocks.grid, width)
+    view = coverage(blocks, heads, canvas.lines, canvas.columns)
     top = float(view.share.max())
     out = _framed(canvas, [("", _shaded(view, top, glyphs))], glyphs)
-    return [*out, *_legend(layout, view, top, len(heads), glyphs)]
+    return [summary(blocks, glyphs.times), *out, *_legend(blocks.grid, view, top, len(heads), glyphs)]
 
 
 def pictures_of_change(
-    layout: BlockLayout, other: BlockLayout, heads: Sequence[int], width: int, titles: tuple[str, str], glyphs: Glyphs
+    parts: Sequence[Blocks], heads: Sequence[int], width: int, titles: tuple[str, str], glyphs: Glyphs
 ) -> list[str]:
-    """Lines of two layouts and their difference side by side, and of the legend."""
-    canvas = _canvas(layout, (width - 2) // 3)
-    parts = [layout, other, layout - other, other - layout, layout & other]
+    """Lines of the summaries of two layouts, of both and their difference side by side, and of the legend.
+
+    Args:
+        parts: Those of either layout, those of the left alone, of the right alone, and of both.
+        heads: The heads to draw.
+        width: Characters of all panels together.
+        titles: Of either layout.
+        glyphs: To draw with.
+    """
+    canvas = _canvas(parts[0].grid, (width - 2) // 3)
     views = [coverage(part, [0] if part.heads == 1 else heads, canvas.lines, canvas.columns) for part in parts]
     top = max(float(view.share.max()) for view in views[:2])
     left, right, both = (view.active > 0 for view in views[2:])
@@ -72,22 +92,23 @@ def pictures_of_change(
     panels = [(title, _shaded(view, top, glyphs)) for title, view in zip(titles, views, strict=False)]
     panels.append(("difference", np.array(list(glyphs.changes))[change]))
     meanings = zip(glyphs.changes[2:], ("in both", "left only", "right only", "some of each"), strict=True)
-    out = [*_framed(canvas, panels, glyphs), *_legend(layout, views[0], top, len(heads), glyphs)]
+    out = [f"{title}: {summary(part, glyphs.times)}" for title, part in zip(titles, parts, strict=False)]
+    out += [*_framed(canvas, panels, glyphs), *_legend(parts[0].grid, views[0], top, len(heads), glyphs)]
     return [*out, "difference: " + "  ".join(f"{glyph} {meaning}" for glyph, meaning in meanings)]
 
 
-def _canvas(layout: BlockLayout, width: int) -> _Canvas:
+def _canvas(grid: Grid, width: int) -> _Canvas:
     """Two characters a block if all blocks fit; else one per cell, whose height is twice its width in tokens."""
-    _, rows, cols = layout.shape
+    rows, cols = grid.shape
     if 2 * cols <= width and rows <= width:
         lines, columns, stretch = rows, cols, 2
     else:
         columns, stretch = min(cols, width), 1
-        height = columns * layout.seq_len[0] / layout.seq_len[1] / 2
+        height = columns * grid.seq_len[0] / grid.seq_len[1] / 2
         lines = min(rows, max(1, round(height)), width)
-    y_labels = _labels(lines, rows, layout.block_size[0], layout.seq_len[0])
+    y_labels = _labels(lines, rows, grid.block_size[0], grid.seq_len[0])
     y_ticks = next((ticks for ticks in y_labels if lines >= 2 * (len(ticks) - 1)), y_labels[-1])
-    for ticks in _labels(columns, cols, layout.block_size[1], layout.seq_len[1]):
+    for ticks in _labels(columns, cols, grid.block_size[1], grid.seq_len[1]):
         ticks = {at * stretch: label for at, label in ticks.items()}
         ruler = _ruler(ticks, columns * stretch)
         if ruler is not None:
@@ -144,7 +165,7 @@ def _framed(canvas: _Canvas, panels: Sequence[tuple[str, Cells]], glyphs: Glyphs
     return [f"{label:>{margin}} {text}".rstrip() for label, text in out]
 
 
-def _legend(layout: BlockLayout, view: Coverage, top: float, heads: int, glyphs: Glyphs) -> list[str]:
+def _legend(grid: Grid, view: Coverage, top: float, heads: int, glyphs: Glyphs) -> list[str]:
     shades = glyphs.shades
     if view.is_exact:
         out = [f"{shades[5]} active  {shades[1]} not active"]
@@ -155,7 +176,7 @@ def _legend(layout: BlockLayout, view: Coverage, top: float, heads: int, glyphs:
         of_heads = f" of {heads} heads" if heads > 1 else ""
         cell = f"{_span(view.row_edges)} {glyphs.times} {_span(view.column_edges)} blocks{of_heads}"
         out = [f"active share of a cell ({cell}): {shades[1]} none  {steps}"]
-    if layout.causal and (view.allowed == 0).any():
+    if grid.causal and (view.allowed == 0).any():
         out.append("blank: keys after the query")
     return out
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from .layout import BlockLayout
+from ._grid import Blocks
 
 
-def validate_entries(layout: BlockLayout) -> None:
+def validate_entries(blocks: Blocks) -> None:
     """Raise ValueError naming the first entry that breaks a rule of `BlockLayout`. O(nnz)."""
-    _, rows, cols = layout.shape
-    counts = np.diff(layout.indptr, axis=1).ravel()
+    grid, indptr, indices = blocks
+    rows, cols = grid.shape
+    counts = np.diff(indptr, axis=1).ravel()
     if (counts < 0).any():
         at = int(np.argmax(counts < 0))
         raise ValueError(f"indptr: expected non-decreasing row pointers, got a decrease at {_row(at, rows)}")
-    indices = layout.indices
     if not len(indices):
         return
     row_ids = np.repeat(np.arange(len(counts)), counts)
@@ -34,8 +31,8 @@ def validate_entries(layout: BlockLayout) -> None:
             "indices: expected ascending and unique key blocks within a row, "
             f"got {indices[at]} followed by {indices[at + 1]} in {_row(row_ids[at], rows)}"
         )
-    if layout.causal:
-        bad = indices >= layout._grid.allowed_per_row()[row_ids % rows]
+    if grid.causal:
+        bad = indices >= grid.allowed_per_row()[row_ids % rows]
         if bad.any():
             at = int(np.argmax(bad))
             raise ValueError(

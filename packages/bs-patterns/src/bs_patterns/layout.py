@@ -12,9 +12,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _check, _csr
+from . import _build, _check, _csr, _io, _stats, _text, _validate
 from ._csr import Bool, Int32, Int64
-from ._grid import Grid
+from ._grid import Blocks, Grid
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,6 +86,10 @@ class BlockLayout:
         return Grid(self.block_size, self.seq_len, self.causal)
 
     @property
+    def _blocks(self) -> Blocks:
+        return Blocks(self._grid, self.indptr, self.indices)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(heads, query blocks, key blocks)."""
         return (len(self.indptr), *self._grid.shape)
@@ -103,7 +107,7 @@ class BlockLayout:
     @cached_property
     def allowed(self) -> int:
         """Number of allowed blocks over all heads."""
-        return self.heads * int(self._grid.allowed_per_row().sum())
+        return self._blocks.allowed
 
     @property
     def density(self) -> float:
@@ -121,9 +125,7 @@ class BlockLayout:
             ``flops_dense`` (the same for all allowed blocks), both summed over the layout's heads, and their quotient
             ``flops_ratio``.
         """
-        from ._stats import layout_stats
-
-        return layout_stats(self)
+        return _stats.layout_stats(self._blocks)
 
     # ------------------------------------------------------------------ identity
 
@@ -134,9 +136,7 @@ class BlockLayout:
             ValueError: A row pointer decreases, or an index is out of range, repeated, out of order or not allowed.
         """
         if "_valid" not in self.__dict__:
-            from ._validate import validate_entries
-
-            validate_entries(self)
+            _validate.validate_entries(self._blocks)
             self.__dict__["_valid"] = True
         return self
 
@@ -178,9 +178,7 @@ class BlockLayout:
 
     def __str__(self) -> str:
         """A picture of the layout; see `bs_patterns.render_text`."""
-        from .render import render_text
-
-        return render_text(self)
+        return "\n".join(_text.picture(self._blocks, range(self.heads), _text.WIDTH, _text.UNICODE))
 
     # ------------------------------------------------------------------ rows
 
@@ -350,9 +348,8 @@ class BlockLayout:
             heads: Number of heads; 1 means shared by all.
             causal: Make a causal layout: blocks that are not allowed are dropped.
         """
-        from ._build import from_coo
-
-        return from_coo(head, row, column, _grid_of(block_size, seq_len, causal), _check.integer("heads", heads))
+        grid = _grid_of(block_size, seq_len, causal)
+        return BlockLayout._trusted(*_build.from_coo(head, row, column, grid, _check.integer("heads", heads)))
 
     @staticmethod
     def from_dense(
@@ -370,9 +367,7 @@ class BlockLayout:
             seq_len: Tokens of the (query, key) sequence; an integer stands for both.
             causal: Make a causal layout: blocks that are not allowed are dropped.
         """
-        from ._build import from_dense
-
-        return from_dense(mask, _grid_of(block_size, seq_len, causal))
+        return BlockLayout._trusted(*_build.from_dense(mask, _grid_of(block_size, seq_len, causal)))
 
     @staticmethod
     def from_token_mask(mask: ArrayLike, *, block_size: int | tuple[int, int], causal: bool = False) -> BlockLayout:
@@ -383,15 +378,12 @@ class BlockLayout:
             block_size: Tokens per (query, key) block; an integer stands for both.
             causal: Make a causal layout: pairs with key after query are dropped first.
         """
-        from ._build import from_token_mask
-
-        return from_token_mask(mask, _check.pair("block_size", block_size), _check.boolean("causal", causal))
+        block_size, causal = _check.pair("block_size", block_size), _check.boolean("causal", causal)
+        return BlockLayout._trusted(*_build.from_token_mask(mask, block_size, causal))
 
     def save(self, file: str | os.PathLike[str] | IO[bytes]) -> None:
         """Write an npz file (uncompressed, no pickle); a path is written whole or not at all."""
-        from ._io import save
-
-        save(self, file)
+        _io.save(self._blocks, file)
 
     @staticmethod
     def load(file: str | os.PathLike[str] | IO[bytes]) -> BlockLayout:
@@ -401,9 +393,7 @@ class BlockLayout:
             ValueError: The file is not a layout file, is damaged, or holds an invalid layout.
             OSError: The file cannot be read.
         """
-        from ._io import load
-
-        return load(file)
+        return _io.load(file, lambda *fields: BlockLayout(*fields).validate())
 
 
 def _grid_of(block_size: Any, seq_len: Any, causal: Any) -> Grid:

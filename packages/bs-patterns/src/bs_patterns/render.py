@@ -22,7 +22,7 @@ def render_text(
     other: BlockLayout | None = None,
     *,
     head: int | None = None,
-    width: int = 64,
+    width: int = _text.WIDTH,
     ascii_only: bool = False,
     titles: tuple[str, str] | None = None,
 ) -> str:
@@ -50,14 +50,12 @@ def render_text(
     width = _check.integer("width", width, low=_WIDTHS[0], high=_WIDTHS[1])
     glyphs = _text.ASCII if _check.boolean("ascii_only", ascii_only) else _text.UNICODE
     heads = _heads("head", layout, other, None if head is None else [head])
-    summary = [_summary(layout, glyphs.times)]
     if other is None:
         if titles is not None:
             raise ValueError(f"titles: expected None without a second layout, got {titles!r}")
-        return "\n".join(summary + _text.picture(layout, heads, width, glyphs))
-    left, right = _titles(titles)
-    summary = [f"{left}: {summary[0]}", f"{right}: {_summary(other, glyphs.times)}"]
-    return "\n".join(summary + _text.pictures_of_change(layout, other, heads, width, (left, right), glyphs))
+        return "\n".join(_text.picture(layout._blocks, heads, width, glyphs))
+    parts = [part._blocks for part in (layout, other, layout - other, other - layout, layout & other)]
+    return "\n".join(_text.pictures_of_change(parts, heads, width, _titles(titles), glyphs))
 
 
 def render_figure(
@@ -108,7 +106,7 @@ def render_figure(
     from . import _figure
 
     if other is None:
-        return _figure.figure_of_heads(layout, chosen, cells, title or _summary(layout, "×"))
+        return _figure.figure_of_heads(layout, chosen, cells, title or _text.summary(layout._blocks, "×"))
     return _figure.figure_of_change(layout, other, chosen, cells, _titles(titles))
 
 
@@ -146,15 +144,6 @@ def save_image(
     finally:
         if os.path.exists(partial):
             os.remove(partial)
-
-
-def _summary(layout: BlockLayout, times: str) -> str:
-    heads, rows, cols = layout.shape
-    block_q, block_k = layout.block_size
-    return (
-        f"{heads} head{'s' * (heads > 1)}, {rows:,} {times} {cols:,} blocks of {block_q:,} {times} {block_k:,} tokens, "
-        f"{'causal' if layout.causal else 'not causal'}, density {layout.density:.4g} ({layout.nnz:,} active)"
-    )
 
 
 def _titles(titles: Any) -> tuple[str, str]:
