@@ -64,7 +64,7 @@ struct Layout {
     const long heads = c.layouts * c.layout_heads;
     long slots = 0;
     for (long r = 0; r < heads * c.q_blocks; ++r) slots += c.row_end[r] - c.row_begin[r];
-    return c.q_blocks && c.kv_blocks ? slots * (c.q_len / c.q_blocks) * group() / (heads * c.kv_blocks) : 0;
+    return heads && c.q_blocks && c.kv_blocks ? slots * (c.q_len / c.q_blocks) * group() / (heads * c.kv_blocks) : 0;
   }
   bool referenced(long b, long kv_head, long j) const {
     const long g = c.layout_heads == 1 ? 1 : group();

@@ -116,7 +116,8 @@ __attribute__((noinline)) void mask_scores(float* s, long rows, const TileMask& 
 // One step of the running softmax. Replaces the scores of `rows` keys by probabilities relative to `top` (for PAIR 2: in bf16,
 // pairs of keys interleaved per lane; `rows` is even then). `top` moves only when a score is e^7 above it, so most tiles
 // leave the output alone; when it moves, `out` (v_dim rows of lanes) and `sum` are rescaled. With `drops`, probabilities whose
-// bit keep[n][j] is not set become 0 after they joined `sum`.
+// bit keep[n][j] is not set become 0 after they joined `sum`. A step is summed by itself first, so that rounding grows with the
+// number of steps and not with that of keys.
 template <class V, int MV, bool drops>
 __attribute__((noinline)) void softmax_step(float* s, long rows, const float* peak, float* top, float* sum, float* out, long v_dim,
                                             bool first, const uint32_t* keep) {
@@ -128,7 +129,7 @@ __attribute__((noinline)) void softmax_step(float* s, long rows, const float* pe
     moves |= V::any_gt(V::load(peak + j * V::W), V::add(V::load(top + j * V::W), V::all(7.f)));
   for (int j = 0; j < MV; ++j) {
     f t = V::load(top + j * V::W);
-    total[j] = V::load(sum + j * V::W);
+    total[j] = V::all(0.f);
     if (moves) {
       // Each lane by itself: a query's result must not depend on its neighbours in the tile, which may come after it.
       const f high = V::load(peak + j * V::W);
@@ -136,7 +137,7 @@ __attribute__((noinline)) void softmax_step(float* s, long rows, const float* pe
       const f now = V::if_equal(over, 0.f, t, V::max(high, t));
       const f factor = V::if_equal(over, 0.f, V::all(1.f), exp<V>(V::sub(t, now)));
       V::store(top + j * V::W, now);
-      total[j] = V::mul(total[j], factor);
+      V::store(sum + j * V::W, V::mul(V::load(sum + j * V::W), factor));
       if (!first)
         for (long d = 0; d < v_dim; ++d) V::store(out + d * L + j * V::W, V::mul(V::load(out + d * L + j * V::W), factor));
       t = now;
@@ -162,7 +163,7 @@ __attribute__((noinline)) void softmax_step(float* s, long rows, const float* pe
         V::store(to + j * V::W, V::pair(even, odd));
       }
   }
-  for (int j = 0; j < MV; ++j) V::store(sum + j * V::W, total[j]);
+  for (int j = 0; j < MV; ++j) V::store(sum + j * V::W, V::add(V::load(sum + j * V::W), total[j]));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Register-tiled products in the form of forms.h: an operand of A is spread over the lanes and multiplied by a vector of B. Per
-// element of C the sum runs over k in ascending order whatever the tiling, so tilings never change bits. Vector types with
-// matrix tiles use these for what amx.h leaves.
+// element of C the sum runs over k in ascending order whatever the tiling, so tilings never change bits; it starts from zero also
+// where it is added to C, so that rounding grows with the number of products. Vector types with matrix tiles use these for what
+// amx.h leaves.
 #pragma once
 #include <cstdint>
 
@@ -23,7 +24,7 @@ __attribute__((noinline)) void register_tile(long depth, const char* a, long str
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < MV; ++j) acc[i][j] = into == Into::Add ? V::load(c + i * ldc + j * V::W) : V::all(0.f);
+    for (int j = 0; j < MV; ++j) acc[i][j] = V::all(0.f);
 
   if constexpr (walk == Walk::Columns) {
     for (long k = 0; k < depth; ++k) {
@@ -82,7 +83,10 @@ __attribute__((noinline)) void register_tile(long depth, const char* a, long str
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < MV; ++j) V::store(c + i * ldc + j * V::W, acc[i][j]);
+      for (int j = 0; j < MV; ++j) {
+        float* to = c + i * ldc + j * V::W;
+        V::store(to, into == Into::Add ? V::add(V::load(to), acc[i][j]) : acc[i][j]);
+      }
   }
 }
 

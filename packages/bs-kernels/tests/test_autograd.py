@@ -1,5 +1,7 @@
 """Autograd for real: numerical gradients, double backward, autocast, checkpointing, hooks on what is saved."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from bs_kernels import LayoutPlan, block_sparse_attention
-from bs_kernels.testing import make_batched_layout, make_case, make_layout, make_pages
+from bs_kernels.testing import evaluate, make_batched_layout, make_case, make_layout, make_pages
 
 EVERYTHING = {
     "attn_bias": True,
@@ -106,6 +108,23 @@ def test_saved_tensors_notice_in_place_changes():
     twice.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("kind", ["shared", "batched", "paged"])
+def test_an_empty_batch_has_empty_results_and_zero_gradients(kind, name):
+    sizes = {"seq_len": (11, 14), "block_size": (4, 5)}
+    make = make_batched_layout if kind == "batched" else make_layout
+    layout = make(np.random.default_rng(0), **sizes, **({"batch": 0} if kind == "batched" else {}))
+    case = make_case(layout, batch=0, attn_bias=True, block_bias=True, sinks=True)
+    if kind == "paged":
+        pages = torch.ones(3, 5, 1, 8)
+        case = replace(case, k=pages, v=pages, arguments={"page_table": torch.zeros(0, 3, dtype=torch.int32)})
+    found = evaluate(case, block_sparse_attention, backend=name)
+    assert found.pop("out").shape == (0, 11, 2, 8)
+    assert found.pop("lse").shape == (0, 2, 11)
+    for key, leaf in case.leaves.items():
+        assert torch.equal(found[key], torch.zeros_like(leaf)), key
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

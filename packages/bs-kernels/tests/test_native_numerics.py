@@ -19,6 +19,7 @@ from bs_kernels.backends import _native_lib
 from bs_kernels.backends.base import Call, Needs
 from bs_kernels.backends.native import NativeBackend
 from bs_kernels.backends.reference import ReferenceBackend
+from bs_kernels.testing import check_against_oracle, make_batched_layout, make_case
 from bs_patterns import BlockLayout
 
 pytestmark = pytest.mark.skipif(_native_lib.missing_reason() is not None, reason="the native core is not built")
@@ -452,10 +453,25 @@ def test_paged_keys(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(a, b)
 
 
-def test_empty_batch() -> None:
-    call = PLAIN.call(torch.float32)
-    none = replace(call, **{n: getattr(call, n)[:0] for n in "qkv"})
+@pytest.mark.parametrize("pages", ["", "own"], ids=["plain", "paged"])
+def test_empty_batch(pages: str) -> None:
+    call = replace(PLAIN, pages=pages).call(torch.float32)
+    layout = make_batched_layout(np.random.default_rng(0), batch=0, seq_len=PLAIN.seq_len, block_size=PLAIN.block_size)
+    batched = ("q", "page_table") if pages else ("q", "k", "v")
+    none = replace(call, plan=LayoutPlan.build(layout), **{name: getattr(call, name)[:0] for name in batched})
     out, lse = NATIVE.forward(none, torch.float32)
     assert out.shape[0] == lse.shape[0] == 0
     grads = NATIVE.backward(none, out, lse, lse, Needs(), torch.float32)
     assert [g.shape for g in grads[:3]] == [none.q.shape, none.k.shape, none.v.shape]
+
+
+@pytest.mark.parametrize("isa", ISA)
+def test_long_sums_of_equal_terms(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adding one number to a running sum again and again always rounds the same way: errors do not cancel."""
+    monkeypatch.setenv("BS_KERNELS_ISA", isa)
+    layout = BlockLayout.from_dense(np.ones((1, 1, 256), bool), block_size=64, seq_len=(1, 16384))
+    case = make_case(layout, q_heads=1, head_dim=4)
+    for x, value in ((case.q, 0.7), (case.k, 0.0), (case.v, 1.3), (case.dout, 0.7)):
+        x.fill_(value)
+    case.k[:, 0] = 1.1  # so that no other probability is a power of two
+    check_against_oracle(case, backend="native")

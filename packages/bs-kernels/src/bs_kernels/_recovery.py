@@ -83,6 +83,8 @@ def recovered_forward(backend: Backend, call: Call, out_dtype: torch.dtype) -> t
     Raises:
         RecoveryError: memory runs out for a single unit, too.
     """
+    if not _units(call):  # an empty batch: backends need not know it
+        return call.nothing(out_dtype)
     results: list[tuple[Tensor, Tensor]] = []
 
     def work(start: int, stop: int) -> None:
@@ -118,29 +120,18 @@ def recovered_backward(
     Raises:
         RecoveryError: memory runs out for a single unit, too.
     """
+    if not _units(call):
+        return call.no_gradients(grad_dtype, needs)
     results: list[Gradients] = []
     # Pages are shared by batch elements, so their gradients add up, in the accumulation dtype.
     kv_dtype = grad_dtype if call.page_table is None else call.accumulate_dtype
-
-    def zeros(x: Tensor | None, dtype: torch.dtype) -> Tensor:
-        assert x is not None
-        return torch.zeros(x.shape, dtype=dtype, device=x.device)
-
-    def allocated() -> Gradients:
-        return Gradients(
-            zeros(call.q, grad_dtype),
-            zeros(call.k, kv_dtype),
-            zeros(call.v, kv_dtype),
-            zeros(call.attn_bias, call.accumulate_dtype) if needs.attn_bias else None,
-            zeros(call.block_bias, call.accumulate_dtype) if needs.block_bias else None,
-        )
 
     def work(start: int, stop: int) -> None:
         if stop - start == _units(call):
             results[:] = [backend.backward(call, dout, lse, delta, needs, grad_dtype)]
             return
         if not results:
-            results.append(allocated())
+            results.append(call.no_gradients(kv_dtype, needs))
         parts = []
         for piece in _pieces(call, start, stop):
             batch, _, q_heads = piece
@@ -154,7 +145,7 @@ def recovered_backward(
         work, size=_units(call), device=call.q.device, name="attention backward", unit="(batch, kv head) pairs"
     )
     whole = results[0]
-    return whole._replace(k=whole.k.to(grad_dtype), v=whole.v.to(grad_dtype))
+    return whole._replace(q=whole.q.to(grad_dtype), k=whole.k.to(grad_dtype), v=whole.v.to(grad_dtype))
 
 
 def _add_(total: Gradients, part: Gradients, piece: _Piece, *, paged: bool) -> None:

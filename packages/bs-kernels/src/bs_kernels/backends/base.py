@@ -124,9 +124,19 @@ class Call:
         out = self.q.new_zeros((batch, len_q, heads, self.v.shape[3]), dtype=out_dtype)
         return out, self.q.new_full((batch, heads, len_q), float("-inf"), dtype=self.accumulate_dtype)
 
-    def no_gradients(self, grad_dtype: torch.dtype) -> Gradients:
-        """Gradients of q, k and v where no query has a key."""
-        return Gradients(*(torch.zeros_like(x, dtype=grad_dtype) for x in (self.q, self.k, self.v)))
+    def no_gradients(self, grad_dtype: torch.dtype, needs: Needs | None = None) -> Gradients:
+        """Gradients where no query has a key: of q, k and v, and of the biases in ``needs``."""
+        attn, block = needs or (False, False)
+        wide = self.accumulate_dtype
+        return Gradients(
+            *(_zeros(x, grad_dtype) for x in (self.q, self.k, self.v)),
+            attn_bias=_zeros(self.attn_bias, wide) if attn and self.attn_bias is not None else None,
+            block_bias=_zeros(self.block_bias, wide) if block and self.block_bias is not None else None,
+        )
+
+
+def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(x.shape, dtype=dtype, device=x.device)
 
 
 class Needs(NamedTuple):
