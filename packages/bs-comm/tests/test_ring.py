@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bs_comm import ExchangePlan, PackedRing, Placement, RingMismatchError, RingPeerError
+from bs_comm import ExchangePlan, PackedRing, Placement, RingMismatchError, RingPeerError, RollCall
 from bs_comm.testing import RankError, dense_attention, plan_cases, ring_attention
 from bs_memory import BufferPool
 from bs_patterns import BlockLayout, GlobalLocal, LocalWindow
@@ -324,6 +324,11 @@ def raise_in_callback(rank, world, plan):
         ring.forward(x, x, callback)
     with pytest.raises(RingPeerError):
         ring.forward(x, x, callback)
+    # What was under way may still arrive: a new ring would meet it, and gloo would abort the process.
+    with pytest.raises(RingPeerError, match=r"rank 1 failed in forward.* cannot be used again"):
+        PackedRing(plan, batch=1, head_dim=8, hop_timeout=30)
+    with pytest.raises(RingPeerError, match="cannot be used again"):
+        RollCall()
     return (1, "KeyError") if rank == 1 else (caught.value.peer, caught.value.detail.split()[0])
 
 
@@ -348,6 +353,17 @@ def test_a_wrong_tensor_on_one_rank_holds_nobody_up(ranks):
     assert second.startswith("k: expected shape (1, 8, 1, 4)")
     assert "rank 1 failed in forward" in first
     assert "ValueError on this rank: k: expected shape" in first
+
+
+def wrong_everywhere(rank, world, plan):
+    x = torch.zeros(1, int(plan.kv_placement.lengths[rank]), 1, 4)
+    with pytest.raises(ValueError, match="k: expected shape"):
+        PackedRing(plan, batch=1, head_dim=4).forward(x.double(), x, print)
+    PackedRing(plan, batch=1, head_dim=4).forward(x, x, lambda arrival: None)
+
+
+def test_a_mistake_that_all_make_leaves_the_group_alone(ranks):
+    ranks.run(wrong_everywhere, ExchangePlan.build(None, 2, seq_len=16, block_size=4), world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -385,6 +401,8 @@ def test_misuse_is_told():
     plan = ExchangePlan.build(None, 1, seq_len=16, block_size=4)
     with pytest.raises(ValueError, match="plan: expected a direct forward ExchangePlan"):
         PackedRing(plan.T, batch=1, head_dim=4)
+    with pytest.raises(TypeError, match="plan: expected an ExchangePlan, got NoneType"):
+        PackedRing(None, batch=1, head_dim=4)
     with pytest.raises(ValueError, match="group: expected one of 2 ranks, but torch"):
         PackedRing(ExchangePlan.build(None, 2, seq_len=16, block_size=4), batch=1, head_dim=4)
     x = torch.zeros(1, 16, 1, 4)

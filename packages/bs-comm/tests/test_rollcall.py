@@ -57,6 +57,11 @@ def test_alone():
         roll.tensors(x, [4])
     with pytest.raises(ValueError, match="hop_timeout: expected a finite number > 0"):
         RollCall(hop_timeout=0)
+    roll.close()
+    with pytest.raises(RuntimeError, match=r"words, tensors: expected an open roll call, got a closed one"):
+        roll.words([1])
+    with pytest.raises(RuntimeError, match="swap: expected an open roll call"):
+        roll.swap([x], [(3,)])
 
 
 def silent(rank, world, victim, stop, what):

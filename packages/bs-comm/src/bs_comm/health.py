@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ._worker import Worker
 
@@ -21,6 +22,8 @@ from ._worker import Worker
 POLL_SECONDS = 0.05
 #: Longest wait for the reports of ranks that are slow, and not dead, before a failure is blamed on somebody.
 PATIENCE = 5.0
+#: What failed in a group. Messages posted then may still arrive, and gloo aborts a process that gets a wrong size.
+_failed: WeakKeyDictionary[Any, RingPeerError] = WeakKeyDictionary()
 
 
 class RingPeerError(RuntimeError):
@@ -60,6 +63,24 @@ class RingMismatchError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RingMismatchError, (self.fields,)
+
+
+def note_failure(group: Any, error: RingPeerError) -> None:
+    """Remember that a group is not to be used again."""
+    _failed.setdefault(group, error)
+
+
+def has_failed(group: Any) -> bool:
+    """Whether a ring or a roll call of this group has failed."""
+    return group in _failed
+
+
+def check_usable(group: Any) -> None:
+    """Raise what failed in a group before, if anything did; None (a rank of its own) never fails."""
+    if group is not None and group in _failed:
+        error = _failed[group]
+        detail = f"this group has failed before and cannot be used again (see regroup): {error.detail}"
+        raise RingPeerError(error.peer, error.step, error.nbytes, error.phase, detail)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ._buffers import PackedBuffers, scale_bytes
 from ._check import boolean, integer, positive
 from ._header import agree
 from ._membership import membership
-from .health import PATIENCE, Health, Report, RingMismatchError, RingPeerError
+from .health import PATIENCE, Health, Report, RingMismatchError, RingPeerError, check_usable, note_failure
 from .plan import ExchangePlan, Traffic
 from .transport import CHANNELS, GRAD, KV, STEPS, Hop, HopFailed, Transport
 from .wire import FLOAT8, StepWire, wires_of
@@ -104,7 +104,8 @@ class PackedRing:
 
     Raises:
         RingMismatchError: The ranks do not agree; on every rank, before any data moves.
-        RingPeerError: A peer did not answer.
+        RingPeerError: A peer did not answer, or a ring of this group has failed before: `regroup`, or a new group.
+        TypeError: An argument has the wrong type.
         ValueError: The group's size is not the plan's, or an argument is out of range.
     """
 
@@ -123,7 +124,9 @@ class PackedRing:
         hop_timeout: float = DEFAULT_HOP_TIMEOUT,
         channel: int = 0,
     ) -> None:
-        if not isinstance(plan, ExchangePlan) or plan.is_transposed or plan.is_stage:
+        if not isinstance(plan, ExchangePlan):
+            raise TypeError(f"plan: expected an ExchangePlan, got {type(plan).__name__}")
+        if plan.is_transposed or plan.is_stage:
             raise ValueError(f"plan: expected a direct forward ExchangePlan, got {plan!r}")
         self.plan = plan
         if plan.num_steps > STEPS:
@@ -138,6 +141,7 @@ class PackedRing:
         self._timeout = positive("hop_timeout", hop_timeout)
         channel = integer("channel", channel, low=0, high=CHANNELS - 1)
         self.rank, _, self._group = membership(group, plan.world_size)
+        check_usable(self._group)
         self.traffic: Traffic = plan.traffic(
             head_dim, self._dims[1], batch=batch, kv_itemsize=self._wire_dtype.itemsize,
             kv_row_bytes=scale_bytes(self._wire_dtype), grad_itemsize=self.grad_dtype.itemsize,
@@ -382,12 +386,15 @@ class PackedRing:
         except HopFailed as failed:
             patience = 0.0 if failed.is_broken else min(PATIENCE, self._timeout)
             self._failure = self._health.conclude(failed.report, patience).error()
+            note_failure(self._group, self._failure)
             self._give_up()
             raise self._failure from None
         except BaseException as error:
             if self.plan.world_size > 1 and not isinstance(error, RingMismatchError):
                 mine = Report(self.rank, 0, 0, phase, f"{type(error).__name__} on this rank: {error}"[:300])
                 self._failure = mine.error()
+                if self._transport.in_flight:
+                    note_failure(self._group, self._failure)
                 self._health.report(mine)
             self._give_up()
             raise

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._check import positive
 from ._membership import membership
-from .health import PATIENCE, Health, Report, RingPeerError
+from .health import PATIENCE, Health, Report, RingPeerError, check_usable, note_failure
 from .transport import CHANNELS, KV, HopFailed, Transport
 
 Int64 = NDArray[np.int64]
@@ -41,16 +41,23 @@ class RollCall:
     Attributes:
         rank: This rank.
         world_size: Ranks in the group.
+
+    Raises:
+        RingPeerError: A ring or roll call of this group has failed before: `regroup`, or a new group.
+        TypeError: An argument has the wrong type.
+        ValueError: This process is not in the group, or `hop_timeout` is out of range.
     """
 
     def __init__(
         self, group: Any = None, *, hop_timeout: float = 60.0, device: torch.device | str = "cpu"
     ) -> None:  # fmt: skip
         self.rank, self.world_size, self._group = membership(group)
+        check_usable(self._group)
         timeout = positive("hop_timeout", hop_timeout)
         self._patience = min(PATIENCE, timeout)
         self._device = torch.device(device)
         self._failure: RingPeerError | None = None
+        self._closed = False
         store, serial = None, 0
         if self._group is not None:
             _serials[self._group] = serial = _serials.get(self._group, 0) + 1
@@ -109,8 +116,7 @@ class RollCall:
         Raises:
             RingPeerError: As in `words`.
         """
-        if self._failure is not None:
-            raise self._failure
+        self._check_open("swap")
         got = [parts[self.rank]] * self.world_size
         with self._watched():
             for step in range(1, self.world_size):
@@ -132,16 +138,24 @@ class RollCall:
         """Tell the others of a failure met elsewhere, in a ring of the same group; this roll call fails with it."""
         if self._failure is None:
             self._failure = error
+            if self._group is not None:
+                note_failure(self._group, error)
             self._health.report(Report(error.peer, error.step, error.nbytes, error.phase, error.detail))
 
     def close(self) -> None:
         """End the threads; calls after it raise."""
+        self._closed = True
         self._transport.close()
         self._health.close()
 
-    def _gather(self, words: Tensor) -> Tensor:
+    def _check_open(self, call: str) -> None:
+        if self._closed:
+            raise RuntimeError(f"{call}: expected an open roll call, got a closed one")
         if self._failure is not None:
             raise self._failure
+
+    def _gather(self, words: Tensor) -> Tensor:
+        self._check_open("words, tensors")
         if self.world_size == 1:
             return words[None]
         with self._watched():
@@ -154,6 +168,7 @@ class RollCall:
         except HopFailed as failed:
             patience = 0.0 if failed.is_broken else self._patience
             self._failure = self._health.conclude(failed.report, patience).error()
+            note_failure(self._group, self._failure)
             self._transport.close()
             raise self._failure from None
 

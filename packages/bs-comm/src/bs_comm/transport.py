@@ -69,6 +69,7 @@ class Transport:
         sent_bytes: ``int64[3, world]``: bytes that were sent by kind (`KV`, `GRAD`, `CONTROL`) and receiver.
         received_bytes: ``int64[3, world]``: bytes that arrived, by kind and sender.
         wait_seconds: Time this rank was blocked in waits.
+        in_flight: Messages posted and not yet seen to be done.
 
     Args:
         group: A process group; None only where there is one rank.
@@ -94,6 +95,7 @@ class Transport:
         self.sent_bytes = np.zeros((_KINDS, world_size), np.int64)
         self.received_bytes = np.zeros((_KINDS, world_size), np.int64)
         self.wait_seconds = 0.0
+        self.in_flight = 0
 
     def post(
         self, kind: int, step: int, receive: tuple[int, Tensor] | None, send: tuple[int, Tensor] | None, phase: str
@@ -121,6 +123,7 @@ class Transport:
             for hop, op, end in ((got, dist.irecv, receive), (put, dist.isend, send))
             if hop is not None and end is not None
         ]
+        self.in_flight += len(ops)
         if self._blocks_host:
             for hop, op in ops:  # One by one, to know whose connection is gone.
                 try:
@@ -145,6 +148,7 @@ class Transport:
             self._block(hop, phase)
         else:
             hop.work.wait()  # Orders the stream; the group's watchdog is the deadline.
+        self.in_flight -= 1
         counters = self.received_bytes if hop.is_receive else self.sent_bytes
         counters[hop.kind, hop.peer] += hop.nbytes
 

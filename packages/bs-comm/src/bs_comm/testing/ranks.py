@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
+from ..health import has_failed
+
 
 class RankError(AssertionError):
     """Functions raised on some ranks; the message holds every rank's traceback.
@@ -66,7 +68,8 @@ class RankPool:
     ) -> list[Any]:
         """Call ``function(rank, world_size, *args)`` on every rank and return the results in rank order.
 
-        The default process group has ``world_size`` ranks; it is kept while that number stays the same.
+        The default process group has ``world_size`` ranks; it is kept while that number stays the same and no ring of
+        it fails.
 
         Args:
             function: A top-level function of an importable module or of a file.
@@ -122,16 +125,17 @@ class RankPool:
                 assert isinstance(pipe, Connection)
                 rank = pending.pop(pipe)
                 try:
-                    good, value, text = pickle.loads(pipe.recv_bytes())
+                    good, value, text, is_spent = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    good, value, text = False, None, "the process died"
+                    good, value, text, is_spent = False, None, "the process died", True
+                if is_spent or not good:
+                    self._group_size = 0  # A failed group is not used again.
                 if good:
                     answers[rank] = value
                 else:
                     errors[rank] = value
                     texts.append(f"rank {rank}: {text}")
         if errors:
-            self._group_size = 0  # A failed group is not used again.
             raise RankError(errors, "\n".join(texts))
         return [answers[rank] for rank in expected]
 
@@ -214,13 +218,13 @@ def _rank_main(pipe: Connection, rank: int, port: int, threads: int) -> None:
                     timeout=timedelta(seconds=60),
                 )  # fmt: skip
                 current = group
-            answer = (True, _find(address)(rank, size, *args), "")
+            answer = (True, _find(address)(rank, size, *args), "", has_failed(dist.group.WORLD))
         except BaseException as error:
-            answer = (False, error, traceback.format_exc())
+            answer = (False, error, traceback.format_exc(), True)
         try:
             text = pickle.dumps(answer)
             pickle.loads(text)
         except Exception as error:
-            text = pickle.dumps((False, None, f"{answer[2]}\n(its answer cannot be pickled: {error})"))
+            text = pickle.dumps((False, None, f"{answer[2]}\n(its answer cannot be pickled: {error})", True))
         with contextlib.suppress(BrokenPipeError):
             pipe.send_bytes(text)
