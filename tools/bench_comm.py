@@ -11,16 +11,15 @@ and two separate ones take turns. `wire` tells the error of a narrower wire, `ho
 compressed gradients, both beside the bytes. `plans` times the planner itself.
 """
 
-import argparse
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comm_report
+import results
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -56,27 +55,23 @@ def sent(rank: int, world: int, plan: ExchangePlan) -> tuple[int, int]:
         return int(ring.sent_bytes["kv"].sum()), int(ring.sent_bytes["grad"].sum())
 
 
-def measure_bytes(pool: RankPool) -> list[dict[str, Any]]:
-    rows = []
+def measure_bytes(pool: RankPool) -> Iterator[dict[str, Any]]:
     for name in LAYOUTS:
         for placement in ("contiguous", "zigzag", "cost_balanced"):
             plan = ExchangePlan.build(layout_of(name, 16_384), 4, placement, HEADS)
             counted = pool.run(sent, plan, world_size=4)
             traffic = plan.traffic(DIM, kv_itemsize=4)
             forward, backward = (sum(row[i] for row in counted) for i in (0, 1))
-            rows.append(
-                {
-                    "layout": name,
-                    "placement": placement,
-                    "forward_bytes": forward,
-                    "forward_bound": traffic.forward_bound,
-                    "backward_bytes": backward,
-                    "backward_bound": traffic.backward_bound,
-                    "share_of_dense_ring": forward / (plan.dense_rows * 2 * DIM * 4),
-                    "work_imbalance": plan.work_imbalance,
-                }
-            )
-    return rows
+            yield {
+                "layout": name,
+                "placement": placement,
+                "forward_bytes": forward,
+                "forward_bound": traffic.forward_bound,
+                "backward_bytes": backward,
+                "backward_bound": traffic.backward_bound,
+                "share_of_dense_ring": forward / (plan.dense_rows * 2 * DIM * 4),
+                "work_imbalance": plan.work_imbalance,
+            }
 
 
 # ---------------------------------------------------------------------- links
@@ -110,9 +105,8 @@ def over_links(
     return seconds
 
 
-def measure_links(pool: RankPool) -> list[dict[str, Any]]:
+def measure_links(pool: RankPool) -> Iterator[dict[str, Any]]:
     """Overlap, and the planner's scaling curve beside that of real processes, forward and backward together."""
-    rows = []
     layout = layout_of("dilated 1, 2, 4, 8 at density 0.1", 16_384)
     plans = {world: ExchangePlan.build(layout, world, "zigzag", HEADS) for world in WORLDS}
     # One rank alone takes 0.8 s forward; a link so fast that it hides, one that cannot, one between.
@@ -131,22 +125,19 @@ def measure_links(pool: RankPool) -> list[dict[str, Any]]:
             alone.setdefault(bandwidth, totals)
             for i, phase in enumerate(planned.phases):
                 hidden = 1 - (best[i] - phase.compute_seconds) / phase.transfer_seconds if phase.transfer_seconds else 1
-                rows.append(
-                    {
-                        "ranks": world,
-                        "bandwidth": bandwidth,
-                        "pass": ("forward", "backward")[i],
-                        "seconds": best[i],
-                        "planned_seconds": phase.seconds,
-                        "compute_seconds": phase.compute_seconds,
-                        "transfer_seconds": phase.transfer_seconds,
-                        "hidden": max(0.0, min(1.0, hidden)),
-                        "planned_hidden": phase.hidden_share,
-                        "speedup_of_both": alone[bandwidth][0] / totals[0],
-                        "planned_speedup": alone[bandwidth][1] / totals[1],
-                    }
-                )
-    return rows
+                yield {
+                    "ranks": world,
+                    "bandwidth": bandwidth,
+                    "pass": ("forward", "backward")[i],
+                    "seconds": best[i],
+                    "planned_seconds": phase.seconds,
+                    "compute_seconds": phase.compute_seconds,
+                    "transfer_seconds": phase.transfer_seconds,
+                    "hidden": max(0.0, min(1.0, hidden)),
+                    "planned_hidden": phase.hidden_share,
+                    "speedup_of_both": alone[bandwidth][0] / totals[0],
+                    "planned_speedup": alone[bandwidth][1] / totals[1],
+                }
 
 
 # ---------------------------------------------------------------------- module
@@ -194,25 +185,21 @@ def with_module(rank: int, world: int, placement: str, keep_kv: bool, rounds: in
     return {"seconds": best, "sent": sent, "planned": planned, "share": plan.rows.sum() / max(plan.dense_rows, 1)}
 
 
-def measure_module(pool: RankPool) -> list[dict[str, Any]]:
+def measure_module(pool: RankPool) -> Iterator[dict[str, Any]]:
     """The module on real kernels; more ranks than cores share them, so seconds are told for as many as fit."""
-    rows = []
     for world, placement in ((1, "contiguous"), (2, "contiguous"), (2, "zigzag"), (4, "zigzag")):
         for keep_kv in (False, True)[: 1 + (world > 1)]:
             got = pool.run(with_module, placement, keep_kv, ROUNDS, world_size=world)
             fits = world <= (os.cpu_count() or 1)
-            rows.append(
-                {
-                    "ranks": world,
-                    "placement": placement,
-                    "keep_kv": keep_kv,
-                    "seconds": max(row["seconds"] for row in got) if fits else "more ranks than cores",
-                    "sent_bytes": sum(row["sent"] for row in got),
-                    "planned_bytes": sum(row["planned"] for row in got),
-                    "share_of_dense_ring": float(got[0]["share"]),
-                }
-            )
-    return rows
+            yield {
+                "ranks": world,
+                "placement": placement,
+                "keep_kv": keep_kv,
+                "seconds": max(row["seconds"] for row in got) if fits else "more ranks than cores",
+                "sent_bytes": sum(row["sent"] for row in got),
+                "planned_bytes": sum(row["planned"] for row in got),
+                "share_of_dense_ring": float(got[0]["share"]),
+            }
 
 
 # ---------------------------------------------------------------------- packing
@@ -236,18 +223,16 @@ def one_or_two(rank: int, world: int, nbytes: int, rounds: int) -> tuple[float, 
     return best[0], best[1]
 
 
-def measure_packing(pool: RankPool) -> list[dict[str, Any]]:
-    rows = []
+def measure_packing(pool: RankPool) -> Iterator[dict[str, Any]]:
     for nbytes in (4 << 10, 64 << 10, 1 << 20, 16 << 20):
         packed, apart = (max(times) for times in zip(*pool.run(one_or_two, nbytes, 40, world_size=2), strict=True))
-        rows.append({"bytes": nbytes, "packed_seconds": packed, "separate_seconds": apart, "ratio": apart / packed})
-    return rows
+        yield {"bytes": nbytes, "packed_seconds": packed, "separate_seconds": apart, "ratio": apart / packed}
 
 
 # ---------------------------------------------------------------------- plans
 
 
-def measure_plans(pool: RankPool) -> list[dict[str, Any]]:
+def measure_plans(pool: RankPool) -> Iterator[dict[str, Any]]:
     cases = [(name, layout_of(name, 2**20, heads)) for name in LAYOUTS if "density" not in name for heads in (1, 8)]
     # A tenth of a million tokens' blocks is 13 million per head: for one head, and half of that for eight that differ.
     cases.insert(4, ("dilated 1, 2, 4, 8 at density 0.1", layout_of("dilated 1, 2, 4, 8 at density 0.1", 2**20)))
@@ -256,7 +241,6 @@ def measure_plans(pool: RankPool) -> list[dict[str, Any]]:
         for rate in (1, 2, 3, 5, 7, 11, 13, 17)
     ]
     cases.insert(5, ("a dilation per head at density 0.05", BlockLayout.stack_heads(per_head)))
-    rows = []
     for name, layout in cases:
         for placement in ("contiguous", "cost_balanced"):
             plan, seconds = ExchangePlan.build(layout, 64, placement, layout.heads), []
@@ -267,10 +251,9 @@ def measure_plans(pool: RankPool) -> list[dict[str, Any]]:
             started = time.perf_counter()
             HierarchicalPlan.build(plan, 8)
             staged = time.perf_counter() - started
-            rows.append({"layout": name, "layout_heads": layout.heads, "active_blocks": layout.nnz,
+            yield {"layout": name, "layout_heads": layout.heads, "active_blocks": layout.nnz,
                          "placement": placement, "seconds": min(seconds), "steps": plan.num_steps,
-                         "seconds_more_in_two_stages": staged})  # fmt: skip
-    return rows
+                         "seconds_more_in_two_stages": staged}  # fmt: skip
 
 
 # ---------------------------------------------------------------------- what rounding costs
@@ -283,14 +266,13 @@ def rounded(rank: int, world: int, plan: ExchangePlan, whole: list[torch.Tensor]
         return ring_attention(ring, q, k, v, dout), int(ring.sent_bytes["kv"].sum())
 
 
-def measure_wire(pool: RankPool) -> list[dict[str, Any]]:
+def measure_wire(pool: RankPool) -> Iterator[dict[str, Any]]:
     layout = layout_of("dilated 1, 2, 4, 8 at density 0.1", 2048)
     plan = ExchangePlan.build(layout, 4, "stripe", HEADS)  # neighbours apart, so that most of what is read travels
     g = torch.Generator().manual_seed(0)
     whole = [torch.randn(1, 2048, HEADS, DIM, generator=g) for _ in range(4)]
     q, k, v, dout = whole
     exact = dense_attention(q, k, v, layout, dout)
-    rows = []
     for wire in (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         got = pool.run(rounded, plan, whole, wire, world_size=4)
         row: dict[str, Any] = {"wire": str(wire).removeprefix("torch."), "sent_bytes": sum(sent for _, sent in got)}
@@ -299,8 +281,7 @@ def measure_wire(pool: RankPool) -> list[dict[str, Any]]:
         ):
             error = plan.placement.unshard(list(parts)).double() - want
             row[f"error_of_{name}"] = float(error.norm() / want.norm())
-        rows.append(row)
-    return rows
+        yield row
 
 
 def train(rank: int, world: int, method: str | None, arguments: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -331,29 +312,27 @@ def train(rank: int, world: int, method: str | None, arguments: dict[str, Any], 
     return {"loss": loss, "payload": payload / dense, "wire_bytes": wire, "all_reduce_bytes": dense * ring}
 
 
-def measure_hooks(pool: RankPool) -> list[dict[str, Any]]:
+def measure_hooks(pool: RankPool) -> Iterator[dict[str, Any]]:
     runs: list[tuple[str, str | None, dict[str, Any]]] = [
         ("none", None, {}), ("top-k 0.1", "topk", {}), ("top-k 0.01", "topk", {"compression_ratio": 0.01}),
         ("PowerSGD 1", "powersgd", {}), ("bf16", "bf16", {}), ("fp16", "fp16", {}),
     ]  # fmt: skip
-    rows = []
     for world in (2, 4):
         start = pool.run(train, None, {}, 0, world_size=world)[0]["loss"]
         plain = 0.0
         for name, method, arguments in runs:
             got = pool.run(train, method, arguments, 1000, world_size=world)[0]
             plain = plain or got["loss"]
-            rows.append({
+            yield {
                 "ranks": world, "hook": name, "loss_before": start, "loss_after_1,000_steps": got["loss"],
                 "of_uncompressed": got["loss"] / plain, "payload_of_dense": got["payload"],
                 "wire_bytes_a_step": int(got["wire_bytes"]), "all_reduce_bytes_a_step": int(got["all_reduce_bytes"]),
-            })  # fmt: skip
-    return rows
+            }  # fmt: skip
 
 
 # ---------------------------------------------------------------------- output
 
-PARTS: dict[str, Callable[[RankPool], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[RankPool], Iterator[dict[str, Any]]]] = {
     "bytes": measure_bytes,
     "links": measure_links,
     "module": measure_module,
@@ -365,19 +344,14 @@ PARTS: dict[str, Callable[[RankPool], list[dict[str, Any]]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure bs-comm.")
-    parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS), help="none: write the page anew")
-    parser.add_argument("--folder", type=Path, default=comm_report.FOLDER, help="where comm.json and comm.md go")
-    options = parser.parse_args()
-    with RankPool(max(WORLDS)) as pool:
-        for name in options.only:
-            about = comm_report.machine(os.getloadavg()[0])
-            rows = PARTS[name](pool)
-            print(f"{comm_report.SECTIONS[name][0]}\n{comm_report.table(rows)}\n", flush=True)
-            comm_report.save(
-                options.folder, comm_report.load(options.folder) | {name: {"machine": about, "rows": rows}}
-            )
-    comm_report.save(options.folder, comm_report.load(options.folder))
+    options = results.parser(__doc__, "comm.json", PARTS).parse_args()
+    if not options.page:
+        with RankPool(max(WORLDS)) as pool:
+            for name in options.only:
+                print(comm_report.SECTIONS[name][0], flush=True)
+                rows = results.keep(options.out, name, PARTS[name](pool), comm_report.page, key="rows")
+                print(f"{comm_report.table(rows)}\n", flush=True)
+    results.save(options.out, results.load(options.out), comm_report.page)
     return 0
 
 

@@ -19,8 +19,6 @@ and 10 · D backward.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -30,13 +28,13 @@ from typing import Any
 
 import gpu_report
 import numpy as np
+import results
 import torch
 from gpu_contestants import Device, Setting, contestants_of, decoders_of, dense_pairs, kept_pairs, layout_of
 
 from bs_kernels import BatchedLayout, LayoutPlan, TokenMask, block_sparse_attention
 from bs_kernels.testing import check_against_oracle, make_case, make_layout
 
-OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 #: In the order of what should be there if time runs out.
 SECTIONS = ("speed", "length", "plan", "memory", "groups", "layouts", "decode")
 
@@ -257,7 +255,7 @@ DRY = {
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--head-dims", nargs="+", type=int, help="of section speed; the others take the first")
@@ -289,7 +287,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     if args.dry and (args.out is None or args.tune):
         parser.error("--dry: expected --out FOLDER and no --tune; its numbers mean nothing")
-    args.out, args.no_flex = args.out or OUT, args.no_flex or args.dry
+    args.out, args.no_flex = args.out or results.FOLDER, args.no_flex or args.dry
     if args.block < 1 or any(n % args.block or n < args.block for n in [*args.tokens, args.speed_tokens]):
         parser.error(f"--tokens, --speed-tokens: expected multiples of the block, {args.block}")
     if any(not 0 < d <= 1 for d in args.densities):
@@ -317,8 +315,8 @@ def main(argv: list[str] | None = None) -> None:
 
         found["tuned"] = gpu_tune.tune(args.head_dims, getattr(torch, args.dtype))
     path = args.out / f"gpu-{slug(found['device']['name'])}.json"
-    with contextlib.suppress(OSError, ValueError):
-        found = {**json.loads(path.read_text()), **found}  # sections that are not measured now stay
+    found = results.load(path) | found  # sections that are not measured now stay
+    unfinished = found.pop("unfinished", {})
     for section in args.only:
         records = []
         for setting in settings(section, args):
@@ -327,13 +325,14 @@ def main(argv: list[str] | None = None) -> None:
                 break
             records.append(measured(section, setting, device, args))
             print(section, gpu_report.line(records[-1]), flush=True)
+            results.save(path, found | {"unfinished": unfinished | {section: records}})
             if not args.dry:
                 torch.cuda.empty_cache()
         if not records:
             continue
+        unfinished.pop(section, None)
         found[section] = records
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        results.save(path, found | ({"unfinished": unfinished} if unfinished else {}))
         gpu_report.write(args.out)
     print(f"wrote {path} in {time.perf_counter() - began:.0f} s")
     if found["stopped"]:

@@ -8,7 +8,6 @@ cable limits what it sends and what it receives. The packed ring takes turns wit
 and V. Results join those of `bench_comm.py` in docs/benchmarks/comm.json and comm.md.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import comm_report
+import results
 import torch
 from slow_link_rank import DIM, EXCHANGES, KV_HEADS, LAYOUTS, Q_HEADS, layout_of, tensors
 
@@ -184,24 +184,31 @@ def measure(
     ]
 
 
-def keep(folder: Path, rows: list[dict[str, Any]], about: str) -> None:
-    """Put rows in the place of those measured before, and leave the others."""
+def merged(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows in the place of those measured before, and the others."""
     key = ("Mbit/s", "ranks", "layout", "exchange")
-    record = comm_report.load(folder)
-    known = {tuple(row[k] for k in key): row for row in (*record.get("slow_link", {"rows": []})["rows"], *rows)}
+    known = {tuple(row[k] for k in key): row for row in (*before, *rows)}
     order = sorted(known, key=lambda k: (k[0], k[1], LAYOUTS.index(k[2]), EXCHANGES.index(k[3])))
-    record["slow_link"] = {"machine": about, "rows": [known[k] for k in order]}
-    comm_report.save(folder, record)
+    return [known[k] for k in order]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure rings over links with a limited bandwidth.")
+    parser = results.parser(__doc__, "comm.json")
     parser.add_argument("--rates", type=int, nargs="+", default=[100, 1000], metavar="N", help="Mbit/s of every link")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="N")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=comm_report.FOLDER, help="where comm.json and comm.md go")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], metavar="N", help="processes")
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        choices=LAYOUTS,
+        default=list(LAYOUTS),
+        metavar="LAYOUT",
+        help=f"of: {'; '.join(LAYOUTS)}".replace("%", "%%"),
+    )
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of which the fastest counts")
     options = parser.parse_args()
+    if options.page:
+        results.save(options.out, results.load(options.out), comm_report.page)
+        return 0
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that namespaces are removed
     try:
@@ -210,10 +217,14 @@ def main() -> int:
             limits = references(Path(made), options.layouts)
             for mbits in options.rates:
                 for ranks in options.ranks:
-                    about = comm_report.machine(os.getloadavg()[0])
+                    machine = results.machine() | {"threads": 1}  # of every rank
                     rows = measure(Path(made), limits, ranks, mbits, options.rounds)
                     print(comm_report.table(rows), "\n", flush=True)
-                    keep(options.folder, rows, about)
+                    found = results.load(options.out)
+                    rows = merged(found.get("slow_link", {"rows": []})["rows"], rows)
+                    results.save(
+                        options.out, found | {"slow_link": {"machine": machine, "rows": rows}}, comm_report.page
+                    )
     except Unavailable as error:
         print(f"{Path(__file__).name}: not measured: {error}", file=sys.stderr)
         return 1

@@ -1,15 +1,9 @@
 """What `bench_comm.py` and `bench_slow_link.py` measured: kept in comm.json, shown as tables in comm.md."""
 
-import json
-import os
-import platform
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import results
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 #: Title and, where the columns do not say it all, a paragraph; in the order of the page.
 SECTIONS: dict[str, tuple[str, str]] = {
     "bytes": ("Bytes sent by 4 ranks, 16,384 tokens, causal, float32, against a dense ring", ""),
@@ -62,34 +56,23 @@ alone; bytes and errors are not touched by that. Not measured: NCCL, several mac
 """
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """The sections measured so far."""
-    file = folder / "comm.json"
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def save(folder: Path, record: dict[str, Any]) -> None:
-    """Write both files."""
-    (folder / "comm.json").write_text(json.dumps(record, indent=1) + "\n")
+def page(found: dict[str, Any]) -> str:
+    """The results as a Markdown page."""
     text = [_HEAD]
     for name, (title, about) in SECTIONS.items():
-        if name in record:
-            text += [f"## {title}\n", *([about + "\n"] if about else []), f"{record[name]['machine']}.\n"]
-            text.append(table(record[name]["rows"]) + "\n")
-    (folder / "comm.md").write_text("\n".join(text))
-
-
-def machine(load_average: float) -> str:
-    """What was measured on, and how busy it was when that began."""
-    versions = f"torch {torch.__version__}, numpy {np.__version__}"
-    return f"{platform.system()}, {os.cpu_count()} CPUs, {versions}, load {load_average:.2f}"
+        if name in found:
+            machine = results.described(found[name]["machine"])
+            text += [f"## {title}\n", *([about + "\n"] if about else []), f"{machine}.\n"]
+            text.append(table(found[name]["rows"]) + "\n")
+    return "\n".join(text)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a column per key of the first row."""
     heads = list(rows[0])
-    lines = [heads, ["---"] * len(heads), *([_show(row[key]) for key in heads] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("_", " ") for cell in line) + " |" for line in lines)
+    cells = [[_show(row[key]).replace("_", " ") for key in heads] for row in rows]
+    left = sum(not isinstance(value, int | float) for value in rows[0].values())
+    return "\n".join(results.table([key.replace("_", " ") for key in heads], cells, max(left, 1)))
 
 
 def _show(value: Any) -> str:

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import results
+from results import table
+
 __all__ = ["line", "page", "write"]
 
 _TITLE = "# Kernels on GPUs"
@@ -41,14 +44,6 @@ def _number(record: dict[str, Any], key: str, digits: int = 2) -> str:
     return f"{record[key]:.{digits}f}" if key in record else "—"
 
 
-def _table(header: list[str], rows: list[list[Any]]) -> list[str]:
-    return [
-        f"| {' | '.join(header)} |",
-        f"|{'---|' * len(header)}",
-        *(f"| {' | '.join(map(str, row))} |" for row in rows),
-    ]
-
-
 def _speed(records: list[dict[str, Any]]) -> list[str]:
     header = ["layout", "density", "tokens", "D", "heads (keys)", "causal"]
     for phase in ("forward", "backward"):
@@ -62,7 +57,7 @@ def _speed(records: list[dict[str, Any]]) -> list[str]:
             row += [_number(r["times"].get("triton", {}), phase, 3), _number(r, f"tflops_{phase}", 0)]
             row += [_number(r, f"eta_{phase}"), r.get(f"best_dense_{phase}", "—"), _number(r, f"over_flex_{phase}")]
         rows.append([*row, _number(r, "any_order_backward")])
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _plan(records: list[dict[str, Any]]) -> list[str]:
@@ -71,7 +66,7 @@ def _plan(records: list[dict[str, Any]]) -> list[str]:
         [r["tokens"], r["heads"], r["blocks"], *(_number(r, f"{name}_ms", 2) for name in ("host", "device", "kernel"))]
         for r in records
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _decode(records: list[dict[str, Any]]) -> list[str]:
@@ -81,13 +76,13 @@ def _decode(records: list[dict[str, Any]]) -> list[str]:
         row = [r["tokens"], r["batch"], r["density"], f"{r['heads']} ({r['kv_heads']})", r["head_dim"]]
         row += [_number(r["times"].get("triton", {}), "forward", 4), _number(r, "over_one_piece")]
         rows.append([*row, _number(r, "eta_forward"), r.get("best_dense_forward", "—")])
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _memory(records: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for r in records for name in r["mib"]))
     rows = [[r["tokens"], r["density"], *(_number(r["mib"], name, 0) for name in names)] for r in records]
-    return _table(["tokens", "density", *(f"{name}, MiB" for name in names)], rows)
+    return table(["tokens", "density", *(f"{name}, MiB" for name in names)], rows)
 
 
 _SECTIONS = {
@@ -124,4 +119,4 @@ def page(found: list[dict[str, Any]]) -> str:
 def write(folder: Path) -> None:
     """Write ``gpu.md`` from the files of a folder."""
     files = sorted(folder.glob("gpu-*.json"))
-    (folder / "gpu.md").write_text(page([json.loads(file.read_text()) for file in files]))
+    results.write(folder / "gpu.md", page([json.loads(file.read_text()) for file in files]))

@@ -1,18 +1,19 @@
-"""Collect finished `bsattn train` runs into docs/benchmarks/training.json and print their table.
+"""Collects finished `bsattn train` runs into docs/benchmarks/training.json and prints the rows of its page.
 
-python tools/record_runs.py default=runs/default long=runs/thirty compared=runs/compared
+python tools/record_runs.py default=runs/default long=runs/thirty    # adds these, or replaces those of the name
+python tools/record_runs.py                                          # only prints the rows
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import platform
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "training.json"
+import results
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -30,28 +31,34 @@ def rows(name: str, run: dict[str, Any]) -> list[str]:
     results = run["results"]
     by_position = " | ".join(f"{bits:.3f}" for bits in results["validation"]["by_position"].values())
     own = (
-        f"| {name} | {results['steps']:,} | {results['seconds']:.0f} | {results['tokens_per_second']:,.0f} "
+        f"| {name} | {results['steps']:,} | {results['seconds']:,.0f} | {results['tokens_per_second']:,.0f} "
         f"| {results['attention_share']:.0%} | {results['peak_memory'] / 2**20:,.0f} "
         f"| {results['validation']['bits_per_byte']:.3f} | {by_position} |"
     )
     return [own, *(row for key, control in run.get("controls", {}).items() for row in rows(key, control))]
 
 
-def main(arguments: list[str]) -> int:
+def run_of(word: str) -> tuple[str, dict[str, Any]]:
+    """A run of the command line: the name it gets, and what its folder holds."""
+    name, equals, folder = word.rpartition("=")
+    if not (equals and name and (Path(folder) / "results.json").exists()):
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER of a finished run, got {word!r}")
+    return name, read(Path(folder))
+
+
+def main() -> int:
     """Write the JSON and print the rows."""
-    runs = {name: read(Path(folder)) for name, folder in (argument.split("=", 1) for argument in arguments)}
-    machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8").splitlines()
-        machine["processor"] = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        machine["cpus"] = str(sum(line.startswith("processor") for line in lines))
-    TARGET.write_text(
-        json.dumps({"machine": machine, "runs": runs}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=run_of, metavar="NAME=FOLDER", help="finished runs; others stay")
+    parser.add_argument("--out", type=Path, default=results.FOLDER / "training.json", metavar="FILE", help="JSON file")
+    options = parser.parse_args()
+    found = results.load(options.out)
+    runs = found.get("runs", {}) | dict(options.runs)
+    if options.runs:
+        results.save(options.out, {"machine": results.machine(), "runs": runs})
     print("\n".join(row for name, run in runs.items() for row in rows(name, run)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -207,7 +207,7 @@ def keep(
     *,
     key: str = "records",
     **about: Any,
-) -> None:
+) -> list[Any]:
     """Take the records of a section as they are measured and write each at once.
 
     Args:
@@ -217,6 +217,9 @@ def keep(
         page: makes the page beside the file.
         key: the name that the records have in their section.
         about: what else belongs to the section; machine and seconds do anyway.
+
+    Returns:
+        The records.
     """
     begin, section = time.perf_counter(), {"machine": machine(), **about, key: []}
     for record in records:
@@ -229,3 +232,4 @@ def keep(
     unfinished.pop(name, None)
     section["seconds"] = round(time.perf_counter() - begin, 1)
     save(path, found | {name: section} | ({"unfinished": unfinished} if unfinished else {}), page)
+    return section[key]

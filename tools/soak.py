@@ -1,19 +1,26 @@
-"""Run the long forms of the checks and keep their outcome in docs/benchmarks/soak.log.
+"""Runs the long forms of the checks and keeps their outcome in docs/benchmarks/soak.log.
 
-Run as `make soak`. Each job is a command; its last lines, its time and its exit status go to the log.
+    python tools/soak.py                 # as `make soak`: hours
+    python tools/soak.py patterns        # the jobs with this word in their name; the log keeps the others
+
+Each job is a command; its last lines, its time and its exit status go to the log.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import results
+
 ROOT = Path(__file__).resolve().parent.parent
-LOG = ROOT / "docs" / "benchmarks" / "soak.log"
+LOG = results.FOLDER / "soak.log"
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--timeout=3600"]
 # name, command: the Hypothesis profile and BS_SOAK=1 reach all of them through the environment.
 JOBS: list[tuple[str, list[str]]] = [
@@ -33,8 +40,8 @@ JOBS: list[tuple[str, list[str]]] = [
 ]
 
 
-def run(name: str, command: list[str]) -> tuple[bool, str]:
-    """Run one job; return whether it passed and its entry in the log."""
+def run(name: str, command: list[str], head: str) -> tuple[bool, str]:
+    """Run one job; return whether it passed and its entry in the log, which begins with what it ran on."""
     env = {
         **os.environ,
         "HYPOTHESIS_PROFILE": os.environ.get("HYPOTHESIS_PROFILE", "soak"),
@@ -45,27 +52,47 @@ def run(name: str, command: list[str]) -> tuple[bool, str]:
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seconds = time.monotonic() - start
     shown = " ".join(["python" if part == sys.executable else part for part in command])
-    tail = "\n".join("    " + line for line in done.stdout.strip().splitlines()[-(5 if done.returncode == 0 else 60) :])
-    return done.returncode == 0, f"{name}\n  $ {shown}\n{tail}\n  exit {done.returncode} after {seconds:.0f} s\n"
+    shown_lines = done.stdout.strip().replace(f"{ROOT}/", "").splitlines()
+    tail = "\n".join("    " + line for line in shown_lines[-(5 if done.returncode == 0 else 60) :])
+    return (
+        done.returncode == 0,
+        f"{name}\n  {head}\n  $ {shown}\n{tail}\n  exit {done.returncode} after {seconds:.0f} s\n",
+    )
 
 
 def main() -> int:
-    """Run every job, or those whose names contain an argument."""
-    wanted = sys.argv[1:]
+    """Run every job, or those whose names contain a word of the command line; the log keeps the others' outcomes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = "; ".join(name for name, _ in JOBS)
+    parser.add_argument("words", nargs="*", metavar="WORD", help=f"only jobs with one of these in their name: {names}")
+    wanted = parser.parse_args().words
+    jobs = [(name, command) for name, command in JOBS if not wanted or any(word in name for word in wanted)]
+    if not jobs:
+        parser.error(f"WORD: no job has {' or '.join(map(repr, wanted))} in its name")
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True, capture_output=True)
     commit = done.stdout.strip() or "unknown"
-    head = f"{time.strftime('%Y-%m-%d')}  commit {commit}  Python {platform.python_version()}  {os.cpu_count()} CPUs\n"
-    lines = [head]
+    head = f"{time.strftime('%Y-%m-%d')}  commit {commit}  Python {platform.python_version()}  {os.cpu_count()} CPUs"
+    log = entries()
     failed = 0
-    for name, command in JOBS:
-        if wanted and not any(word in name for word in wanted):
-            continue
-        passed, entry = run(name, command)
+    for name, command in jobs:
+        print(f"{name} …", flush=True)
+        passed, log[name] = run(name, command, head)
         failed += not passed
-        lines.append(entry)
-        print(entry, flush=True)
-        LOG.write_text("\n".join(lines), encoding="utf-8")
+        print(log[name], flush=True)
+        results.write(LOG, "\n".join(log[key] for key in [key for key, _ in JOBS] if key in log))
     return 1 if failed else 0
+
+
+def entries() -> dict[str, str]:
+    """The outcomes in the log, by the name of the job."""
+    text = LOG.read_text(encoding="utf-8") if LOG.exists() else ""
+    found = {}
+    for name, _ in JOBS:
+        begin = text.find(f"{name}\n  ")
+        if begin >= 0:
+            end = re.compile(r"^  exit .*\n", re.M).search(text, begin)
+            found[name] = text[begin : end.end() if end else len(text)]
+    return found
 
 
 if __name__ == "__main__":
