@@ -2,56 +2,25 @@
 
 import contextlib
 import threading
-from collections import deque
 
 import torch
 
+from bs_memory._ledger import Ledger
 from bs_memory._storage import NONE, Block, Bucket, drop, evictable
 
 
-class Account:
+class Account(Ledger):
     """The buckets and bytes of one device. Only growing and shrinking come here; a lease that hits does not.
 
     `lock` guards the numbers, each bucket's own lock its blocks. Locks are taken in one order only: buckets in the
     order of the list, then `lock`.
     """
 
-    __slots__ = (
-        "abandoned",
-        "abandoned_count",
-        "buckets",
-        "device",
-        "evictions",
-        "held",
-        "high_water",
-        "lock",
-        "max_bytes",
-    )
+    __slots__ = ("buckets",)
 
     def __init__(self, device: torch.device, max_bytes: int | None) -> None:
-        self.device = device
-        self.max_bytes = max_bytes
-        self.lock = threading.RLock()
+        super().__init__(device, max_bytes)
         self.buckets: list[Bucket] = []  # appended to under the pool's lock, copied here in one atomic step
-        self.abandoned: deque[Block] = deque()  # by Block.__del__, wherever the collector strikes
-        self.abandoned_count = 0
-        self.held = 0
-        self.high_water = 0
-        self.evictions = 0
-
-    def book(self, nbytes: int) -> bool:
-        """Counts `nbytes` as held if the budget allows."""
-        with self.lock:
-            if self.max_bytes is not None and self.held + nbytes > self.max_bytes:
-                return False
-            self.held += nbytes
-            self.high_water = max(self.high_water, self.held)
-            return True
-
-    def unbook(self, nbytes: int) -> None:
-        """Takes back a `book` whose allocation failed."""
-        with self.lock:
-            self.held -= nbytes
 
     def set_budget(self, max_bytes: int | None) -> None:
         """Changes the budget and evicts what is above it; leases above it stay, and nothing new fits until they end."""
@@ -95,20 +64,10 @@ class Account:
                 # It may have been leased or evicted since the list was made.
                 if not evictable(block) or block.bucket.take(block) is None:
                     continue
-                self.settle(block, evicted=True)
+                self.settle(block.bucket.charge, evicted=True)
             freed += block.bucket.charge
             drop(block)
         return freed
-
-    def settle(self, block: Block, *, evicted: bool = False, abandoned: bool = False) -> None:
-        """Stops counting a block that was just taken out of its bucket, or will not return there.
-
-        Called with the bucket's lock held, so that nobody sees the block neither idle nor leased and yet counted.
-        """
-        with self.lock:
-            self.held -= block.bucket.charge
-            self.evictions += evicted
-            self.abandoned_count += abandoned
 
     def settle_abandoned(self) -> None:
         """Books out abandoned blocks; their memory lives as long as the tensors that somebody may still hold."""
@@ -123,7 +82,7 @@ class Account:
                 bucket.leased -= 1
                 bucket.requested -= block.request.nbytes
                 block.request = None
-                self.settle(block, abandoned=True)
+                self.settle(bucket.charge, abandoned=True)
             if bucket.streams is not None:
                 block.fences = [(stream, None) for stream in (block.home, *block.extra)]
             drop(block)
@@ -136,7 +95,7 @@ class Account:
                 bucket.keeps = NONE
                 idle, bucket.free = bucket.free, []
                 for block in idle:
-                    self.settle(block)
+                    self.settle(block.bucket.charge)
             for block in idle:
                 drop(block, wait=True)
 

@@ -1,15 +1,12 @@
 """A lease: the exclusive right to one buffer."""
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from bs_memory._errors import LeaseError
 from bs_memory._storage import Block, drop
-
-if TYPE_CHECKING:
-    from bs_memory._pool import BufferPool
 
 
 class Lease:
@@ -25,8 +22,8 @@ class Lease:
     _block: Block | None
     _tensor: torch.Tensor | None
 
-    def __init__(self, pool: "BufferPool", block: Block, tensor: torch.Tensor) -> None:
-        self._pool = pool
+    def __init__(self, pool: object, block: Block, tensor: torch.Tensor) -> None:
+        self._pool = pool  # lives as long as its leases
         self._block = block
         self._tensor = tensor
 

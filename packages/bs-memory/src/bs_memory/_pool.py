@@ -396,7 +396,7 @@ class BufferPool:
     def _grow(self, request: Request) -> Block:
         """Allocates a block, within the budget and with an eye on the pressure."""
         bucket = request.bucket
-        account, streams = bucket.account, bucket.streams
+        account, streams = self._accounts[bucket.device], bucket.streams
         capturing = streams is not None and streams.capturing()
         if not capturing:
             account.settle_abandoned()
@@ -436,7 +436,7 @@ class BufferPool:
             if capturing or not is_oom_error(error):
                 raise
         # Out of memory: whatever this pool keeps idle on the device goes first, then torch gets a second try.
-        bucket.account.trim(0)
+        self._accounts[bucket.device].trim(0)
         if self._pressure is not None:
             self._pressure.note_failure(bucket.device)
         return bucket.allocate()

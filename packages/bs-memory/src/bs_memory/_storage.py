@@ -3,15 +3,13 @@
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bs_memory import _lifecycle
+from bs_memory._ledger import Ledger
 from bs_memory._streams import StreamBackend
-
-if TYPE_CHECKING:
-    from bs_memory._account import Account
 
 ONE_OFF = -1  # the epoch of a block that is never recycled, such as one that a captured graph uses
 NONE = -2  # the epoch of no block
@@ -115,7 +113,7 @@ class Bucket:
 
     def __init__(
         self,
-        account: "Account",
+        account: Ledger,
         dtype: torch.dtype,
         nbytes: int,
         *,
@@ -171,13 +169,13 @@ class Bucket:
                 if self.streams is not None:
                     keep = self.fence(block) and keep
             except BaseException:  # a device that failed: the block is no use to anybody
-                self.account.settle(block)
+                self.account.settle(self.charge)
                 raise
         if keep:
             block.tick = self.next_tick()
             self.free.append(block)
         else:
-            self.account.settle(block)
+            self.account.settle(self.charge)
         return keep
 
     def discard(self, yes: bool) -> None:
