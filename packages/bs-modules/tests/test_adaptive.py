@@ -14,6 +14,7 @@ from torch import nn
 from bs_modules import (
     AdaptiveConfig,
     BlockSparseAdaptive,
+    DistributedSparseConfig,
     HierarchicalConfig,
     ProgressiveSparsityScheduler,
     SparsePatternConfig,
@@ -250,10 +251,12 @@ def test_bad_arguments():
         BlockSparseAdaptive(sparse_config={}, adaptive_config={})
     with pytest.raises(TypeError, match="sparse_config: expected a AdaptiveConfig"):
         BlockSparseAdaptive(sparse_config=SparsePatternConfig())
-    with pytest.raises(ValueError, match="order: expected 'auto' or 'longest_first'"):
+    with pytest.raises(ValueError, match="order: expected one of auto, longest_first"):
         BlockSparseAdaptive(order="hilbert")
     with pytest.raises(TypeError, match="candidates: expected a bs_patterns pattern"):
         BlockSparseAdaptive(candidates="local")
+    with pytest.raises(TypeError, match="candidates: expected a bs_patterns pattern"):
+        BlockSparseAdaptive(candidates=DistributedSparseConfig())
     with pytest.raises(TypeError, match="candidates: expected a fixed pattern"):
         BlockSparseAdaptive(candidates=AdaptiveConfig())
     with pytest.raises(ValueError, match=r"layout: expected an input"):
@@ -263,3 +266,34 @@ def test_bad_arguments():
     assert small_gate().prepare(64, True).density == 1
     with pytest.raises(TypeError, match="cache: expected a bool"):
         BlockSparseAdaptive(cache=1)
+    for temperature in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="temperature: expected a finite number > 0"):
+            small_gate().set_temperature(temperature)
+
+
+def test_statistics_follow_a_change_of_the_config():
+    module = small_gate()
+    q, k, v = attention_inputs(40)
+    module(q, k, v)
+    module.sparse_config.sparsity_ratio = 1.0
+    found = module.get_pattern_stats(40)
+    assert (found["density"], found["measured"]) == (1.0, False)
+    module(q, k, v)
+    assert module.get_pattern_stats(40)["measured"]
+
+
+def test_saved_before_its_first_input_and_loaded():
+    lazy, made = BlockSparseAdaptive(), small_gate()
+    state = lazy.state_dict()
+    assert state.keys() == made.state_dict().keys()
+    again = BlockSparseAdaptive()
+    again.load_state_dict(pickle.loads(pickle.dumps(state)))
+    q, k, v = attention_inputs(16)
+    assert again(q, k, v).shape == q.shape
+    with pytest.raises(RuntimeError, match="uninitialized parameter"):
+        made.load_state_dict(state)
+
+
+def test_every_parameter_has_the_dtype_asked_for():
+    module = BlockSparseAdaptive(num_heads=2, head_dim=8, dtype=torch.float64)
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float64}

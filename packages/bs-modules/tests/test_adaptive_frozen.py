@@ -56,6 +56,10 @@ def test_calibration_inside_a_model():
     assert torch.isfinite(out).all()
     with pytest.raises(ValueError, match="samples: expected at least one"):
         small_gate().freeze()
+    with pytest.raises(TypeError, match="samples: expected tuples"):
+        gate.freeze(3)
+    with pytest.raises(TypeError, match=r"samples\[0\]: expected a tuple that starts with q and k, got Tensor"):
+        gate.freeze([torch.zeros(2, 8, 4, 8)])
     with pytest.raises(ValueError, match="is_causal: has no effect"):
         gate.freeze(is_causal=True)
 

@@ -240,3 +240,5 @@ def test_every_config_is_plain_data(config, tmp_path):
         kind.from_dict({f"{field}s": 1})
     with pytest.raises(AttributeError, match="no field 'nonsense'"):
         config.nonsense = 1
+    with pytest.raises(TypeError, match="source: expected TOML as a str or a file as a Path"):
+        kind.from_toml(3)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from bs_modules.adaptive import BlockSparseAdaptive
 from bs_modules.attention import BlockSparseRingDilatedAttention as Base
 from bs_modules.multihead import BlockSparseRingMultiheadDilatedAttention as Multihead
 from bs_modules.schedules import ProgressiveSparsityScheduler as Scheduler
@@ -98,3 +99,15 @@ def test_a_bad_state_changes_nothing():
         with pytest.raises(ValueError, match=r"state|total_steps|current_step"):
             scheduler.load_state_dict(state)
     assert scheduler.state_dict() == before
+
+
+def test_a_config_that_would_not_take_a_density_is_refused_at_once():
+    groups = [{"heads": 1, "sparsity_ratio": 0.5}, {"heads": 1, "sparsity_ratio": 0.2}]
+    module = Base(sparse_config={"head_groups": groups})
+    with pytest.raises(ValueError, match="sparsity_ratio: has no effect beside head_groups"):
+        Scheduler(module)
+    assert module.sparse_config.sparsity_ratio is None
+    gate = BlockSparseAdaptive(sparse_config={"learn_density": True, "max_density": 0.3})
+    with pytest.raises(ValueError, match="max_density"):
+        Scheduler(gate, initial_sparsity=0.5, final_sparsity=0.9)
+    assert gate.sparse_config.base_sparsity == 0.9

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
 from typing import Any
 
-from ._checks import check_density, check_flag, check_int, suggest
+from ._checks import check_choice, check_density, check_flag, check_int, check_positive, check_sparsity
 from .config import CheckedConfig
 
 GATES = ("straight_through", "soft")
@@ -123,38 +121,10 @@ class AdaptiveConfig(CheckedConfig):
         return self.pattern_type
 
 
-def _check_positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number > 0, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
-    return float(value)
-
-
-def _check_sparsity(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number in [0, 1), got {value!r}")
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a sparsity in [0, 1) (0.9 keeps 10 % of the blocks), got {value!r}")
-    return float(value)
-
-
-def _one_of(choices: tuple[str, ...]) -> Callable[[str, Any], Any]:
-    def check(name: str, value: Any) -> str:
-        if not isinstance(value, str):
-            raise TypeError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-        if value not in choices:
-            near = suggest(value, list(choices))
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}{near}")
-        return value
-
-    return check
-
-
 AdaptiveConfig._checks = {
-    "base_sparsity": _check_sparsity,
-    "temperature": _check_positive,
-    "min_temperature": _check_positive,
+    "base_sparsity": check_sparsity,
+    "temperature": check_positive,
+    "min_temperature": check_positive,
     "learnable_temperature": check_flag,
     "hidden_dim": check_int,
     "num_layers": check_int,
@@ -163,8 +133,8 @@ AdaptiveConfig._checks = {
     "learn_density": check_flag,
     "query_block_size": lambda name, value: None if value is None else check_int(name, value),
     "window_size": lambda name, value: None if value is None else check_int(name, value),
-    "pooling": _one_of(POOLINGS),
-    "gate": _one_of(GATES),
+    "pooling": lambda name, value: check_choice(name, value, POOLINGS),
+    "gate": lambda name, value: check_choice(name, value, GATES),
     "max_density": check_density,
     "distill_rows": lambda name, value: check_int(name, value, least=0),
 }

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_int
+from ._checks import check_int, check_number, check_positive, check_state
 from .adaptive import BlockSparseAdaptive
 
 _STATE = ("initial_temperature", "final_temperature", "annealing_steps", "current_step")
@@ -55,8 +53,10 @@ class AdaptiveSparsityTrainer:
         self.model = model
         if not self.gates():
             raise ValueError("model: expected a BlockSparseAdaptive or a module that holds some, found none")
-        self.sparsity_weight = _check("sparsity_weight", sparsity_weight, least=0)
-        self.distillation_weight = _check("distillation_weight", distillation_weight, least=0)
+        self.sparsity_weight = check_number("sparsity_weight", sparsity_weight, "a number ≥ 0", lambda x: x >= 0)
+        self.distillation_weight = check_number(
+            "distillation_weight", distillation_weight, "a number ≥ 0", lambda x: x >= 0
+        )
         if self.sparsity_weight and not any(gate.sparse_config.learn_density for gate in self.gates()):
             raise ValueError(
                 f"sparsity_weight: expected 0 for gates that meet their density exactly (learn_density=False), "
@@ -122,15 +122,10 @@ class AdaptiveSparsityTrainer:
         Raises:
             ValueError: Missing or unknown entries, or values out of range. The trainer is unchanged.
         """
-        if set(state) != set(_STATE):
-            raise ValueError(f"state: expected the keys {', '.join(_STATE)}, got {', '.join(map(str, state))}")
-        self._set(*(state[name] for name in _STATE))
+        self._set(*check_state(state, _STATE))
 
     def _set(self, initial: Any, final: Any, steps: Any, current: Any) -> None:
-        temperatures = [
-            _check("initial_temperature", initial, least=None),
-            _check("final_temperature", final, least=None),
-        ]
+        temperatures = [check_positive("initial_temperature", initial), check_positive("final_temperature", final)]
         steps, current = check_int("annealing_steps", steps), check_int("current_step", current, least=0)
         for name, value in zip(("initial_temperature", "final_temperature"), temperatures, strict=True):
             for gate in self.gates():
@@ -145,12 +140,3 @@ class AdaptiveSparsityTrainer:
         for gate in self.gates():
             gate.set_temperature(self.temperature)
         return self.temperature
-
-
-def _check(name: str, value: Any, *, least: float | None) -> float:
-    wanted = "a number > 0" if least is None else f"a number ≥ {least:g}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected {wanted}, got {value!r}")
-    if not math.isfinite(value) or (value <= 0 if least is None else value < least):
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
-    return float(value)

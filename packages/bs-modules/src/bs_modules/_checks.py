@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -23,15 +23,29 @@ def suggest(name: object, valid: list[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def check_number(name: str, value: Any, expected: str, fits: Callable[[float], bool] = lambda _: True) -> float:
+    """Checks a finite number that `fits`; `expected` says in words which do."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if not (math.isfinite(value) and fits(float(value))):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return float(value)
+
+
 def check_density(name: str, value: Any) -> float | None:
     """Checks an optional density: `None` or a number in (0, 1]."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number in (0, 1] or None, got {value!r}")
-    if not (math.isfinite(value) and 0 < value <= 1):
-        raise ValueError(f"{name}: expected a density in (0, 1] (0.1 keeps 10 % of the blocks), got {value!r}")
-    return float(value)
+    expected = "a density in (0, 1] (0.1 keeps 10 % of the blocks)"
+    return None if value is None else check_number(name, value, expected, lambda x: 0 < x <= 1)
+
+
+def check_sparsity(name: str, value: Any) -> float:
+    """Checks a sparsity: a number in [0, 1)."""
+    return check_number(name, value, "a sparsity in [0, 1) (0.9 drops 90 % of the blocks)", lambda x: 0 <= x < 1)
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Checks a number above zero."""
+    return check_number(name, value, "a finite number > 0", lambda x: x > 0)
 
 
 def check_int(name: str, value: Any, *, least: int = 1) -> int:
@@ -53,6 +67,16 @@ def check_int_list(name: str, value: Any) -> list[int]:
     return items
 
 
+def check_choice(name: str, value: Any, valid: Sequence[str]) -> str:
+    """Checks one of several words, suggesting the nearest."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(valid)}, got {value!r}")
+    if value not in valid:
+        near = suggest(value, list(valid))
+        raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {value!r}{near}")
+    return value
+
+
 def check_flag(name: str, value: Any) -> bool:
     """Checks a bool."""
     if not isinstance(value, bool):
@@ -67,3 +91,12 @@ def check_block_size(name: str, value: Any) -> int | tuple[int, int]:
             raise ValueError(f"{name}: expected an integer or a (query, key) pair, got {value!r}")
         return check_int(f"{name}[0]", value[0]), check_int(f"{name}[1]", value[1])
     return check_int(name, value)
+
+
+def check_state(state: Any, names: tuple[str, ...]) -> list[Any]:
+    """Checks a state dict of exactly these names; their values in order."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state: expected a mapping, got {type(state).__name__}")
+    if set(state) != set(names):
+        raise ValueError(f"state: expected the keys {', '.join(names)}, got {', '.join(map(str, state))}")
+    return [state[name] for name in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,17 @@ from bs_kernels import BatchedLayout
 from bs_patterns import BlockLayout
 
 Key = tuple[tuple[int, int], tuple[int, int], bool]
+
+
+def read_samples(samples: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """q and k of every calibration sample, checked."""
+    if not isinstance(samples, Iterable):
+        raise TypeError(f"samples: expected tuples that start with q and k, got {type(samples).__name__}")
+    for n, sample in enumerate(samples):
+        given = sample[:2] if isinstance(sample, tuple | list) else ()
+        if len(given) < 2 or not all(isinstance(x, Tensor) for x in given):
+            raise TypeError(f"samples[{n}]: expected a tuple that starts with q and k, got {type(sample).__name__}")
+        yield given[0], given[1]
 
 
 class Calibration:

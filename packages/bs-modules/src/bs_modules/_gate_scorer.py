@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from ._gate_documents import Documents
 
@@ -301,9 +301,16 @@ class ImportanceScorer(nn.Module):
             x = x @ getattr(self, f"{side}_weight_{i}").to(x.dtype) + getattr(self, f"{side}_bias_{i}").to(x.dtype)
         return x
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._made_for is None:  # as a lazy module of torch: what has no values yet cannot be detached
+            keep_vars = True
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         key, gain = state_dict.get(f"{prefix}k_weight_0"), state_dict.get(f"{prefix}gain")
         if self._made_for is None and isinstance(key, Tensor) and isinstance(gain, Tensor):
+            if is_lazy(key):
+                return  # saved before the first input, too: there is nothing to take over
             self.initialize(gain.shape[0], key.shape[0], key.shape[1] // self._parts)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bs_patterns import BlockLayout
 
-from ._checks import check_int_list
+from ._checks import check_int, check_int_list
 
 
 def check_segments(
@@ -34,6 +34,16 @@ def check_segments(
             f"{len(checked)} lengths"
         )
     return checked, checked_rates
+
+
+def check_lengths(seq_len: Any) -> tuple[int, int]:
+    """Checks tokens, or a (query, key) pair of them; the pair."""
+    if not isinstance(seq_len, tuple | list):
+        length = check_int("seq_len", seq_len)
+        return length, length
+    if len(seq_len) != 2:
+        raise ValueError(f"seq_len: expected an integer or a (query, key) pair, got {seq_len!r}")
+    return check_int("seq_len[0]", seq_len[0]), check_int("seq_len[1]", seq_len[1])
 
 
 def check_pairs(pairs: Any, blocks: int) -> tuple[np.ndarray, np.ndarray]:

@@ -54,9 +54,12 @@ def check_call(
     Raises:
         AssertionError: Ranks, widths, mask dtypes or a padding mask that do not fit.
         RuntimeError: A shape of `attn_mask`, batch sizes or float mask dtypes that do not fit.
+        TypeError: A mask is not a tensor.
     """
     batched = query.dim() == 3
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if not isinstance(mask, Tensor | None):
+            raise TypeError(f"{name}: expected a tensor or None, got {type(mask).__name__}")
         if mask is not None and mask.dtype != torch.bool and not torch.is_floating_point(mask):
             raise AssertionError(f"{name}: only bool and floating types of {name} are supported, got {mask.dtype}")
     if key_padding_mask is not None and attn_mask is not None and key_padding_mask.dtype != attn_mask.dtype:

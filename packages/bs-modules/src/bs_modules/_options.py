@@ -15,8 +15,8 @@ F = TypeVar("F", bound=Callable[..., None])
 C = TypeVar("C", bound=CheckedConfig)
 
 
-class AttentionOptions(TypedDict, total=False):
-    """Keyword arguments of `BlockSparseRingDilatedAttention`, which says what they mean."""
+class UnorderedOptions(TypedDict, total=False):
+    """Keyword arguments of `BlockSparseRingDilatedAttention` but `order`; it says what they mean."""
 
     device: torch.device | str | None
     dtype: torch.dtype | None
@@ -25,22 +25,36 @@ class AttentionOptions(TypedDict, total=False):
     scale: float | None
     mixed_precision: bool
     use_memory_pool: bool
-    order: str
     backend: str
     deterministic: bool
 
 
-def with_options_of(base: Callable[..., Any]) -> Callable[[F], F]:
-    """Shows a constructor that passes `**options` on to `base` with all of the keyword arguments that it has."""
+class AttentionOptions(UnorderedOptions, total=False):
+    """All keyword arguments of `BlockSparseRingDilatedAttention`."""
+
+    order: str
+
+
+def with_options_of(base: Callable[..., Any], *, without: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Shows a constructor that passes `**options` on to `base` with all of the keyword arguments that it has.
+
+    Args:
+        base: The constructor that takes them.
+        without: Those that the constructor settles itself, and so refuses.
+    """
     options = [p for p in inspect.signature(base).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
     def show(constructor: F) -> F:
         signature = inspect.signature(constructor)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        more = [p for p in options if p.name not in signature.parameters]
+        more = [p for p in options if p.name not in signature.parameters and p.name not in without]
+        valid = {p.name for p in (*own, *more)}
 
         @wraps(constructor)
         def shown(self: Any, *args: Any, **kwargs: Any) -> None:
+            for name in kwargs:
+                if name not in valid:
+                    raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
             constructor(self, *args, **kwargs)
 
         del shown.__wrapped__  # whose source has fewer arguments, which Sphinx compares

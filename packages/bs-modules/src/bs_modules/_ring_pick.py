@@ -176,7 +176,7 @@ def _remember(gate: BlockSparseAdaptive, told: Tensor, room: Room, lengths: tupl
     """What ``select`` notes for statistics and calibration; ``told`` is int32[QB, B, H, K + 1]."""
     counts = told[..., -1].permute(1, 2, 0)
     density = counts.sum((0, 2)).to(torch.float32).mean() / (max(room.allowed, 1) * told.shape[1])
-    gate._met = (lengths, is_causal, density)
+    gate._note_density(lengths, is_causal, density)
     if gate._calibration is not None:
         indices = told[..., :-1].permute(1, 2, 0, 3)
         gate._calibration.add(BatchedLayout(indices, counts, gate.sparse_config.blocks, lengths, is_causal))

@@ -15,17 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from bs_kernels import BatchedLayout, LayoutPlan
-from bs_patterns import BlockLayout, LocalWindow
+from bs_patterns import BlockLayout
 
 from ._adaptive_config import AdaptiveConfig
-from ._checks import check_flag, check_int
-from ._frozen import Calibration, RecordedLayouts
+from ._candidates import candidate_layout, check_candidates
+from ._checks import check_flag, check_int, check_positive
+from ._frozen import Calibration, RecordedLayouts, read_samples
 from ._gate_documents import Documents, read_documents
 from ._gate_losses import block_mass, distillation_loss
 from ._gate_noise import draw_rows, draw_seed
 from ._gate_room import Room, make_room
 from ._gate_scorer import ImportanceScorer
 from ._gate_select import Selection, logits_of, noisy, select_blocks
+from ._layouts import check_lengths
+from ._operand_checks import check_operands, check_tokens
 from ._options import AttentionOptions, one_config, with_options_of
 from ._tracing import while_tracing
 from .attention import BlockSparseAttention, BlockSparseRingDilatedAttention
@@ -85,6 +88,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
 
     sparse_config: Any
     _config_type = AdaptiveConfig
+    _orders = ("auto", "longest_first")  # of blocks picked on the device
 
     @with_options_of(BlockSparseAttention.__init__)
     def __init__(
@@ -100,13 +104,9 @@ class BlockSparseAdaptive(BlockSparseAttention):
         head_dim: int | None = None,
         **options: Unpack[AttentionOptions],
     ) -> None:
-        if (order := options.get("order", "auto")) not in ("auto", "longest_first"):
-            raise ValueError(
-                f"order: expected 'auto' or 'longest_first' for blocks picked on the device, got {order!r}"
-            )
         config = one_config(AdaptiveConfig, "adaptive_config", adaptive_config, sparse_config)
         super().__init__(segment_lengths, dilation_rates, config, **options)
-        self.candidates = _check_candidates(candidates)
+        self.candidates = check_candidates(candidates)
         self.cache = check_flag("cache", cache)
         config, device = self.sparse_config, options.get("device")
         self.scorer = ImportanceScorer(
@@ -123,7 +123,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
             device=device,
             dtype=options.get("dtype"),
         )
-        log_temperature = torch.tensor(math.log(config.temperature), device=device, dtype=torch.float32)
+        log_temperature = torch.tensor(math.log(config.temperature), device=device, dtype=options.get("dtype"))
         self.log_temperature: Tensor
         if config.learnable_temperature:
             self.log_temperature = nn.Parameter(log_temperature)
@@ -138,9 +138,9 @@ class BlockSparseAdaptive(BlockSparseAttention):
         return self.log_temperature.exp().clamp(min=self.sparse_config.min_temperature)
 
     def set_temperature(self, temperature: float) -> None:
-        """Sets the temperature, learnable or not."""
+        """Sets the temperature, a number > 0, learnable or not."""
         with torch.no_grad():
-            self.log_temperature.fill_(math.log(temperature))
+            self.log_temperature.fill_(math.log(check_positive("temperature", temperature)))
 
     def select(
         self,
@@ -165,28 +165,41 @@ class BlockSparseAdaptive(BlockSparseAttention):
 
         Returns:
             The layout of every batch element, and the `block_bias` that goes with it.
+
+        Raises:
+            TypeError, ValueError: As `forward`.
         """
+        self._check_inputs(q, k, k)
+        check_operands(q, k, k)
+        check_tokens("key_padding_mask", key_padding_mask, k, (torch.bool,))
+        check_flag("is_causal", is_causal)
         config, lengths = self.sparse_config, (q.shape[1], k.shape[1])
-        room = self._room(lengths, bool(is_causal), q.device, q.shape[2])
+        if 0 in lengths:
+            raise ValueError(f"q, k: expected at least one token to pick blocks for, got {lengths[0]} and {lengths[1]}")
+        room = self._room(lengths, is_causal, q.device, q.shape[2])
         dead = None if key_padding_mask is None else _dead_blocks(key_padding_mask, config.block_size)
         packed = None
         if segment_ids is not None:
-            packed = read_documents(segment_ids, (q.shape[0], *lengths), config.blocks, bool(is_causal), room, dead)
+            packed = read_documents(segment_ids, (q.shape[0], *lengths), config.blocks, is_causal, room, dead)
             room = packed.room
-        pooled = self.scorer.pool(q, k, config.block_size, bool(is_causal), key_padding_mask, packed)
+        pooled = self.scorer.pool(q, k, config.block_size, is_causal, key_padding_mask, packed)
         seed = draw_seed(q.device) if self.training else None
         if seed is not None and config.distill_rows and torch.is_grad_enabled():
             rows = draw_rows(seed, pooled[0].shape[2], config.distill_rows, q.device)
             self.gate_losses["distillation"] = self._distill(
-                q, k, pooled, room, rows, bool(is_causal), key_padding_mask, packed
+                q, k, pooled, room, rows, is_causal, key_padding_mask, packed
             )
-        made = self._choose(pooled, room, lengths, bool(is_causal), dead, seed)
+        made = self._choose(pooled, room, lengths, is_causal, dead, seed)
         if made.expected_density is not None and self.training:
             self.gate_losses["sparsity"] = made.expected_density
-        self._met = (lengths, bool(is_causal), made.density)
+        self._note_density(lengths, is_causal, made.density)
         if self._calibration is not None:
             self._calibration.add(made.layout)
         return made
+
+    def _note_density(self, lengths: tuple[int, int], is_causal: bool, density: Tensor) -> None:
+        """Keeps the density that a call met, for statistics."""
+        self._met = ((lengths, is_causal, self._fingerprint()), density)
 
     def _choose(
         self,
@@ -279,7 +292,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
         return room
 
     def _make_room(self, lengths: tuple[int, int], is_causal: bool, device: torch.device, heads: int) -> Room:
-        config = self.sparse_config
+        config, shared = self.sparse_config, int(self.sparse_config.share_across_heads)
         config.validate()
         return make_room(
             lengths,
@@ -287,29 +300,11 @@ class BlockSparseAdaptive(BlockSparseAttention):
             is_causal,
             config.density,
             config.bound(),
-            lambda grid: self._candidate_layout(grid, is_causal, heads),
+            lambda grid: candidate_layout(
+                self.candidates, self._candidates(), config.blocks, grid, is_causal, shared or heads
+            ),
             device,
             config.window_size,
-        )
-
-    def _candidate_layout(self, lengths: tuple[int, int], is_causal: bool, heads: int) -> BlockLayout | None:
-        segments, given, density = self._candidates(), self.candidates, None
-        if segments is None and given is None:
-            return None
-        if given is None:
-            given = LocalWindow(2 * sum(lengths))  # everything, for the segments to cut down
-        elif isinstance(given, SparsePatternConfig):
-            given, density = given.pattern(), given.density
-        elif isinstance(given, CheckedConfig):
-            given, density = given.pattern(lengths), given.density  # pyright: ignore[reportAttributeAccessIssue]
-        heads = 1 if self.sparse_config.share_across_heads else heads
-        return given.layout(
-            lengths,
-            block_size=self.sparse_config.blocks,
-            heads=heads,
-            causal=is_causal,
-            density=density,
-            candidates=segments,
         )
 
     def layout(
@@ -333,7 +328,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
         Args:
             seq_len: Tokens, or a (query, key) pair.
             is_causal: As in `forward`.
-            num_heads: Query heads; needed if the constructor was not told.
+            num_heads: Query heads; needed unless the constructor or a call told.
 
         Returns:
             All blocks that a call may come to use.
@@ -341,11 +336,11 @@ class BlockSparseAdaptive(BlockSparseAttention):
         Raises:
             ValueError: The number of heads is not known.
         """
-        lengths = (seq_len, seq_len) if isinstance(seq_len, int) else (seq_len[0], seq_len[1])
-        heads = num_heads or self.num_heads
+        lengths = check_lengths(seq_len)
+        heads = self._known_heads() if num_heads is None else check_int("num_heads", num_heads)
         if heads is None:
             raise ValueError("num_heads: expected the number of query heads, got None")
-        room = self._room(lengths, bool(is_causal), self._anchor.device, heads)
+        room = self._room(lengths, check_flag("is_causal", is_causal), self._anchor.device, heads)
         mask = (room.readable | room.kept).cpu().numpy()
         return BlockLayout.from_dense(mask, block_size=self.sparse_config.blocks, seq_len=lengths, causal=is_causal)
 
@@ -359,14 +354,13 @@ class BlockSparseAdaptive(BlockSparseAttention):
             A dict with `density` (active / allowed blocks), `sparsity` (1 − density), `requested_density`, `seq_len`,
             `is_causal`, `pattern`, `block_size`, `q_blocks`, `kv_blocks`, `allowed` and `nnz` (per head, on average),
             `temperature`, and `measured`: whether `density` is that of the last call rather than that of the budgets,
-            which are always met unless the density is learned.
+            which are always met unless the density is learned. A change of the config since the last call counts.
         """
         length, causal = self._last_call or (_DEFAULT_SEQ_LEN, False)
         length = length if seq_len is None else check_int("seq_len", seq_len)
-        room = self._room((length, length), causal, self._anchor.device, self.num_heads or 1)
-        met, measured = room.met, False
-        if self._met is not None and self._met[:2] == ((length, length), causal):
-            met, measured = float(self._met[2]), True
+        room = self._room((length, length), causal, self._anchor.device, self._known_heads() or 1)
+        measured = self._met is not None and self._met[0] == ((length, length), causal, self._fingerprint())
+        met = float(self._met[1]) if measured and self._met is not None else room.met
         return {
             "density": met,
             "sparsity": 1 - met,
@@ -412,11 +406,12 @@ class BlockSparseAdaptive(BlockSparseAttention):
             The module. It knows the lengths it was calibrated for, and causal ones shorter than those.
 
         Raises:
+            TypeError: A sample is not a tuple that starts with two tensors.
             ValueError: There is nothing to calibrate with.
         """
         if samples is not None:
             with self.calibrating(), torch.no_grad():
-                for q, k, *_ in samples:
+                for q, k in read_samples(samples):
                     self.select(q, k, is_causal)
         elif is_causal:
             raise ValueError("is_causal: has no effect without samples; what was counted keeps its own")
@@ -463,7 +458,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
         self._selections: dict[tuple[Any, ...], tuple[LayoutPlan, Tensor | None]] = {}
         #: Of the last training call, for `AdaptiveSparsityTrainer`: `"sparsity"` and `"distillation"`.
         self.gate_losses: dict[str, Tensor] = {}
-        self._met: tuple[tuple[int, int], bool, Tensor] | None = None
+        self._met: tuple[tuple[Any, ...], Tensor] | None = None  # what the last call was, and its density
         self._calibration: Calibration | None = None
         self._recorded: Calibration | None = None
 
@@ -487,13 +482,3 @@ def _dead_blocks(key_padding_mask: Tensor, block: int) -> Tensor:
     """bool `[B, KB]`: key blocks without a real token."""
     padded = nn.functional.pad(key_padding_mask, (0, -key_padding_mask.shape[1] % block))
     return ~padded.unflatten(1, (-1, block)).any(-1)
-
-
-def _check_candidates(value: Any) -> Any:
-    if isinstance(value, AdaptiveConfig):
-        raise TypeError("candidates: expected a fixed pattern, got an AdaptiveConfig")
-    if value is None or isinstance(value, CheckedConfig):
-        return value
-    if isinstance(value, type) or not callable(getattr(value, "layout", None)):
-        raise TypeError(f"candidates: expected a bs_patterns pattern, the config of one or None, got {value!r}")
-    return value

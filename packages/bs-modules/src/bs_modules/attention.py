@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from bs_kernels import LayoutPlan, block_sparse_attention, explain_backends
+from bs_kernels.dispatch import BACKENDS
 from bs_memory import default_pool
 from bs_patterns import BlockLayout, LongNetSegments
 
-from ._checks import check_flag, check_int
-from ._layouts import check_pairs, check_segments, share_equal_heads
+from ._checks import check_choice, check_flag, check_int, check_number
+from ._layouts import check_lengths, check_pairs, check_segments, share_equal_heads
 from ._tracing import TracedPlans, while_tracing
 from .config import CheckedConfig, SparsePatternConfig
 from .explain import Explanation, explain_call
 
 _LAYOUTS_KEPT = 16
 _DEFAULT_SEQ_LEN = 8192
+_BACKENDS = ("auto", *(backend.name for backend in BACKENDS))
 
 
 class BlockSparseAttention(nn.Module):
@@ -54,6 +56,8 @@ class BlockSparseAttention(nn.Module):
         ValueError: An argument is out of range, or only one of `segment_lengths` and `dilation_rates` is given.
     """
 
+    #: The values that `order` may have.
+    _orders: tuple[str, ...] = ("auto", "row", "longest_first", "hilbert", "morton")
     #: What `sparse_config` is an instance of.
     _config_type: type[CheckedConfig] = SparsePatternConfig
     #: Why the factory took this variant; `None` for a module that it did not make.
@@ -81,15 +85,15 @@ class BlockSparseAttention(nn.Module):
         self.sparse_config: Any = self._config_type.of("sparse_config", sparse_config)
         self.segment_lengths, self.dilation_rates = check_segments(segment_lengths, dilation_rates)
         self.num_heads = None if num_heads is None else check_int("num_heads", num_heads)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-            raise TypeError(f"dropout: expected a number in [0, 1), got {dropout!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
-        self.dropout = float(dropout)
-        self.scale = scale
+        self.dropout = check_number("dropout", dropout, "a number in [0, 1)", lambda p: 0 <= p < 1)
+        self.scale = None if scale is None else check_number("scale", scale, "a finite number or None")
         self.mixed_precision = check_flag("mixed_precision", mixed_precision)
         self.use_memory_pool = check_flag("use_memory_pool", use_memory_pool)
-        self.order, self.backend, self.deterministic = order, backend, deterministic
+        self.order = check_choice("order", order, self._orders)
+        self.backend = check_choice("backend", backend, _BACKENDS)
+        self.deterministic = check_flag("deterministic", deterministic)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating torch.dtype or None, got {dtype!r}")
         self._device_given, self._dtype_given = device is not None, dtype is not None
         # Follows .to(), so that the module knows where it lives although it may have no parameter.
         self.register_buffer("_anchor", torch.empty(0, device=device, dtype=dtype), persistent=False)
@@ -113,10 +117,14 @@ class BlockSparseAttention(nn.Module):
 
         Returns:
             One row pattern shared by all heads (`heads == 1`) unless the heads differ.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: A length or a number of heads below 1, or one that the configuration does not take.
         """
-        lengths = (seq_len, seq_len) if isinstance(seq_len, int) else tuple(seq_len)
-        heads = num_heads or self._known_heads() or 1
-        key = (lengths, bool(is_causal), heads, self._fingerprint())
+        lengths, is_causal = check_lengths(seq_len), check_flag("is_causal", is_causal)
+        heads = (self._known_heads() or 1) if num_heads is None else check_int("num_heads", num_heads)
+        key = (lengths, is_causal, heads, self._fingerprint())
         with self._lock:
             found = self._layouts.get(key)
             if found is not None:
@@ -126,7 +134,7 @@ class BlockSparseAttention(nn.Module):
         if is_causal and q_len < k_len:
             made = self.layout(k_len, True, heads).rows_at(k_len - q_len, k_len)
         else:
-            made = share_equal_heads(self._make_layout((q_len, k_len), bool(is_causal), heads))
+            made = share_equal_heads(self._make_layout((q_len, k_len), is_causal, heads))
         with self._lock:
             self._layouts[key] = made
             while len(self._layouts) > _LAYOUTS_KEPT:
@@ -169,12 +177,12 @@ class BlockSparseAttention(nn.Module):
         Raises:
             ValueError: Heads differ and their number is not known.
         """
-        heads = num_heads or self._known_heads()
+        heads = self._known_heads() if num_heads is None else num_heads
         layout = self.layout(seq_len, is_causal, heads)
         if heads is None and self.layout(seq_len, is_causal, 2).heads != 1:
             raise ValueError("num_heads: expected the number of query heads, whose layouts differ, got None")
         device = self._anchor.device
-        key = (layout.seq_len, bool(is_causal), heads, device, self._fingerprint())
+        key = (layout.seq_len, is_causal, heads, device, self._fingerprint())
         self._plans[key] = LayoutPlan.build(layout, None, device, order=self.order)
         return layout
 
@@ -238,25 +246,27 @@ class BlockSparseAttention(nn.Module):
             `[batch, seq, heads, value_dim]` in the input's dtype, or a pair with the log-sum-exp.
 
         Raises:
-            TypeError: An input is not a floating tensor of the module's dtype.
+            TypeError: An input is not a floating tensor of the module's dtype, or a mask or flag has the wrong type.
             ValueError: Shapes, devices or head counts do not fit.
         """
         self._check_inputs(q, k, v)
-        self._last_call, self._last_heads = (q.shape[1], bool(is_causal)), q.shape[2]
-        layout, block_bias = self._layout_and_bias(q, k, bool(is_causal), key_padding_mask, segment_ids)
+        check_flag("is_causal", is_causal)
+        self._last_call, self._last_heads = (q.shape[1], is_causal), q.shape[2]
+        masks = {"key_padding_mask": key_padding_mask, "segment_ids": segment_ids, "attn_bias": attn_bias}
         arguments: dict[str, Any] = {
-            "block_bias": block_bias,
-            "key_padding_mask": key_padding_mask,
-            "segment_ids": segment_ids,
-            "attn_bias": attn_bias,
+            **masks,
             "dropout_p": self.dropout if self.training else 0.0,
             "scale": self.scale,
             "return_lse": return_lse,
-            "order": self.order,
             "deterministic": self.deterministic,
             "backend": self.backend,
         }
-        return self._computed(q, k, v, partial(block_sparse_attention, layout=layout, **arguments))
+        return self._computed(q, k, v, partial(self._operation(q, k, is_causal, masks), **arguments))
+
+    def _operation(self, q: Tensor, k: Tensor, is_causal: bool, masks: dict[str, Any]) -> Callable[..., Any]:
+        """What computes this call, lacking only operands, masks and the module's settings."""
+        made, bias = self._layout_and_bias(q, k, is_causal, masks["key_padding_mask"], masks["segment_ids"])
+        return partial(block_sparse_attention, layout=made, block_bias=bias, order=self.order)
 
     def _computed(self, q: Tensor, k: Tensor, v: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Any]) -> Any:
         """What `attend` returns for these operands, computed in half precision where that is asked for."""
@@ -305,7 +315,8 @@ class BlockSparseAttention(nn.Module):
             TypeError, ValueError: As `forward`.
         """
         self._check_inputs(q, k, v)
-        made, block_bias = self._layout_and_bias(q, k, bool(is_causal), key_padding_mask, segment_ids)
+        check_flag("is_causal", is_causal)
+        made, block_bias = self._layout_and_bias(q, k, is_causal, key_padding_mask, segment_ids)
         if self.mixed_precision:
             q, k, v = (x.to(_half_dtype(x.device)) for x in (q, k, v))
         plan = LayoutPlan.build(made, None, q.device, order=self.order) if isinstance(made, BlockLayout) else made

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from bs_patterns import BlockLayout, DilatedSparse, GlobalLocal, LocalWindow, LongNetSegments, PerHead
 
-from ._checks import check_block_size, check_density, check_int, check_int_list, check_names, suggest
+from ._checks import check_block_size, check_choice, check_density, check_int, check_int_list, check_names, suggest
 
 PATTERN_TYPES = ("local_window", "dilated_sparse", "global_local")
 DEFAULT_PATTERN = "dilated_sparse"
@@ -85,8 +85,11 @@ class CheckedConfig:
         """Reads TOML: a `Path` is a file, a `str` is the text itself.
 
         Raises:
+            TypeError: Neither of the two.
             ValueError: Not TOML, or as `from_dict`.
         """
+        if not isinstance(source, str | Path):
+            raise TypeError(f"source: expected TOML as a str or a file as a Path, got {source!r}")
         return cls.from_dict(tomllib.loads(source.read_text("utf-8") if isinstance(source, Path) else source))
 
     @classmethod
@@ -293,10 +296,7 @@ def _check_pattern_type(name: str, value: Any) -> Any:
         return value
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected one of {', '.join(PATTERN_TYPES)} or a bs_patterns pattern, got {value!r}")
-    if value not in PATTERN_TYPES:
-        near = suggest(value, list(PATTERN_TYPES))
-        raise ValueError(f"{name}: expected one of {', '.join(PATTERN_TYPES)}, got {value!r}{near}")
-    return value
+    return check_choice(name, value, PATTERN_TYPES)
 
 
 def _check_head_groups(name: str, value: Any) -> list[dict[str, Any]] | None:

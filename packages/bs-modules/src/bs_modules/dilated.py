@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import index
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,8 +13,10 @@ from torch import Tensor
 from bs_kernels import DilatedPlan, dilated_attention
 from bs_patterns import BlockLayout
 
-from ._checks import check_int
+from ._checks import check_flag, check_int
 from ._dilated_explain import DilatedExplanation, explain_dilated
+from ._layouts import check_lengths
+from ._options import UnorderedOptions, with_options_of
 from ._tracing import while_tracing
 from .attention import BlockSparseAttention, _half_dtype
 from .config import SparsePatternConfig
@@ -37,7 +39,7 @@ class DilatedAttention(BlockSparseAttention):
 
     With a `sparse_config`, every segment is block-sparse: in each branch, the n tokens that a head keeps in a segment
     attend to one another by the layout that the pattern has for n tokens, in its own density and block size (in kept
-    tokens). Without one, segments are dense.
+    tokens). Without one, segments are dense. The `segment_ids` of packed documents do not move LongNet's segments.
 
     Args:
         segment_lengths: w of every branch, in tokens; `None`: 2048, 4096, 8192, 16384, 32768.
@@ -68,6 +70,7 @@ class DilatedAttention(BlockSparseAttention):
     segment_lengths: list[int]
     dilation_rates: list[int]
 
+    @with_options_of(BlockSparseAttention.__init__, without=("order",))
     def __init__(
         self,
         segment_lengths: Sequence[int] | None = None,
@@ -75,32 +78,11 @@ class DilatedAttention(BlockSparseAttention):
         sparse_config: SparsePatternConfig | Mapping[str, Any] | None = None,
         *,
         combine: str = "softmax",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        num_heads: int | None = None,
-        dropout: float = 0.0,
-        scale: float | None = None,
-        mixed_precision: bool = False,
-        use_memory_pool: bool = False,
-        backend: str = "auto",
-        deterministic: bool = True,
+        **options: Unpack[UnorderedOptions],
     ) -> None:
         if segment_lengths is None and dilation_rates is None:
             segment_lengths, dilation_rates = DEFAULT_SEGMENT_LENGTHS, DEFAULT_DILATION_RATES
-        super().__init__(
-            segment_lengths,
-            dilation_rates,
-            sparse_config,
-            device=device,
-            dtype=dtype,
-            num_heads=num_heads,
-            dropout=dropout,
-            scale=scale,
-            mixed_precision=mixed_precision,
-            use_memory_pool=use_memory_pool,
-            backend=backend,
-            deterministic=deterministic,
-        )
+        super().__init__(segment_lengths, dilation_rates, sparse_config, **options)
         if sparse_config is None:
             self.sparse_config = None
         self.combine = combine
@@ -116,7 +98,7 @@ class DilatedAttention(BlockSparseAttention):
         self, seq_len: int | tuple[int, int], is_causal: bool, num_heads: int, device: torch.device
     ) -> DilatedPlan:
         """The plan of a call; made again when the configuration changes."""
-        lengths = (seq_len, seq_len) if isinstance(seq_len, int) else (seq_len[0], seq_len[1])
+        lengths = check_lengths(seq_len)
         key = (lengths, is_causal, num_heads, device, self._fingerprint())
         with self._lock:
             found = self._dilated_plans.get(key)
@@ -177,10 +159,10 @@ class DilatedAttention(BlockSparseAttention):
         Raises:
             ValueError: The number of heads is not known.
         """
-        heads = num_heads or self._known_heads()
+        heads = self._known_heads() if num_heads is None else check_int("num_heads", num_heads)
         if heads is None:
             raise ValueError("num_heads: expected the number of query heads, whose tokens differ, got None")
-        return self._plan_of(seq_len, bool(is_causal), heads, self._anchor.device)
+        return self._plan_of(seq_len, check_flag("is_causal", is_causal), heads, self._anchor.device)
 
     def get_pattern_stats(self, seq_len: int | None = None) -> dict[str, Any]:
         """Figures of what is computed.
@@ -214,58 +196,11 @@ class DilatedAttention(BlockSparseAttention):
 
     # -- the call ----------------------------------------------------------------------------------------------------
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        is_causal: bool = False,
-        *,
-        key_padding_mask: Tensor | None = None,
-        segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
-        attn_bias: Tensor | None = None,
-        return_lse: bool = False,
-    ) -> Any:
-        """Exact LongNet attention.
-
-        Args:
-            q: `[batch, seq, heads, head_dim]`.
-            k: `[batch, keys, kv_heads, head_dim]`; `heads` is a multiple of `kv_heads`.
-            v: `[batch, keys, kv_heads, value_dim]`.
-            is_causal: Whether a query sees only keys up to its own position; the last query is aligned with the last
-                key.
-            key_padding_mask: `bool[batch, keys]`, True = a real token.
-            segment_ids: `int[batch, seq]`, or a (query, key) pair: only tokens of equal id see each other. LongNet's
-                segments are not moved by them.
-            attn_bias: Bool (True = attend) or float, broadcastable to `[batch, heads, seq, keys]`.
-            return_lse: Also return the log-sum-exp of the scores, fp32 `[batch, heads, seq]`.
-
-        Returns:
-            `[batch, seq, heads, value_dim]` in the input's dtype, or a pair with the log-sum-exp.
-
-        Raises:
-            TypeError: An input is not a floating tensor of the module's dtype.
-            ValueError: Shapes, devices or head counts do not fit.
-        """
-        self._check_inputs(q, k, v)
-        self._last_call = (q.shape[1], bool(is_causal))
-        plan = self._known_plan(q, k, bool(is_causal))
-        arguments: dict[str, Any] = {
-            "causal": bool(is_causal),
-            "combine": self.combine,
-            "key_padding_mask": key_padding_mask,
-            "segment_ids": segment_ids,
-            "attn_bias": attn_bias,
-            "dropout_p": self.dropout if self.training else 0.0,
-            "segment_layout": plan.question.layout,
-            "scale": self.scale,
-            "return_lse": return_lse,
-            "deterministic": self.deterministic,
-            "backend": self.backend,
-            "plan": plan,
-        }
-        branches = {"segment_lengths": self.segment_lengths, "dilation_rates": self.dilation_rates}
-        return self._computed(q, k, v, partial(dilated_attention, **branches, **arguments))
+    def _operation(self, q: Tensor, k: Tensor, is_causal: bool, masks: dict[str, Any]) -> Callable[..., Any]:
+        plan = self._known_plan(q, k, is_causal)
+        branches: dict[str, Any] = {"segment_lengths": self.segment_lengths, "dilation_rates": self.dilation_rates}
+        how = {"causal": is_causal, "combine": self.combine, "segment_layout": plan.question.layout, "plan": plan}
+        return partial(dilated_attention, **branches, **how)
 
     def _known_plan(self, q: Tensor, k: Tensor, is_causal: bool) -> DilatedPlan:
         if not torch.compiler.is_compiling():
@@ -314,7 +249,8 @@ class DilatedAttention(BlockSparseAttention):
             "attn_bias": attn_bias,
             "dropout_p": self.dropout if self.training else 0.0,
         }
-        return explain_dilated(self, self._known_plan(q, k, bool(is_causal)), (q, k, v), given)
+        plan = self._known_plan(q, k, check_flag("is_causal", is_causal))
+        return explain_dilated(self, plan, (q, k, v), given)
 
     # -- nn.Module's own business ------------------------------------------------------------------------------------
 

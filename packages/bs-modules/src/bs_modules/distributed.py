@@ -18,7 +18,8 @@ from bs_comm import ExchangePlan, Placement, compress_gradients
 from bs_patterns import BlockLayout
 
 from ._checks import check_flag, check_int
-from ._ring_checks import check_attention, check_shards, check_tokens
+from ._operand_checks import check_operands, check_tokens
+from ._ring_checks import check_attention
 from ._ring_forward import as_computed, check_spreads, over_heads, over_ring
 from ._ring_operands import Operands
 from ._ring_placement import Placements
@@ -247,7 +248,7 @@ class BlockSparseRingDistributedDilatedAttention(SpreadAttention):
         self.attention._check_inputs(q, k, v)
         given = (q, k)
         q, k, v = as_computed(self, q, k, v)
-        check_shards(q, k, v)
+        check_operands(q, k, v)
         segments = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
         check_tokens("key_padding_mask", key_padding_mask, k, (torch.bool,))
         for side, ids, x in zip(("query", "key"), segments, (q, k), strict=True):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
 
 from bs_comm import Placement
 
-from ._checks import check_flag, check_int, suggest
+from ._checks import check_choice, check_flag, check_int, check_number
 from .config import CheckedConfig
 
 PLACEMENTS = ("contiguous", "zigzag", "stripe", "cost_balanced")
@@ -79,23 +78,12 @@ class DistributedSparseConfig(CheckedConfig):
         return values
 
 
-def _number(name: str, value: Any, expected: str, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if not 0 < value <= high or not math.isfinite(value):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
-    return float(value)
-
-
 def _placement(name: str, value: Any) -> Any:
     if isinstance(value, Placement):
         return value
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected one of {', '.join(PLACEMENTS)} or a Placement, got {value!r}")
-    if value not in PLACEMENTS:
-        near = suggest(value, list(PLACEMENTS))
-        raise ValueError(f"{name}: expected one of {', '.join(PLACEMENTS)}, got {value!r}{near}")
-    return value
+    return check_choice(name, value, PLACEMENTS)
 
 
 def _wire_dtype(name: str, value: Any) -> torch.dtype | None:
@@ -110,11 +98,11 @@ def _wire_dtype(name: str, value: Any) -> torch.dtype | None:
 
 DistributedSparseConfig._checks = {
     "enable_gradient_compression": check_flag,
-    "compression_ratio": lambda name, value: _number(name, value, "a number in (0, 1]", 1.0),
+    "compression_ratio": lambda name, value: check_number(name, value, "a number in (0, 1]", lambda x: 0 < x <= 1),
     "pattern_update_interval": check_int,
     "load_balance_interval": check_int,
     "placement": _placement,
-    "hop_timeout": lambda name, value: _number(name, value, "seconds > 0", math.inf),
+    "hop_timeout": lambda name, value: check_number(name, value, "seconds > 0", lambda x: x > 0),
     "wire_dtype": _wire_dtype,
     "keep_kv": check_flag,
 }

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
-import torch
-
+from ._options import UnorderedOptions, with_options_of
 from .attention import BlockSparseRingDilatedAttention
 from .config import SparsePatternConfig
 
@@ -35,34 +34,12 @@ class BlockSparseRingDilatedAttentionHilbertPostPattern(BlockSparseRingDilatedAt
     rectangle by it.
     """
 
+    @with_options_of(BlockSparseRingDilatedAttention.__init__, without=("order",))
     def __init__(
         self,
         segment_lengths: Sequence[int] | None = None,
         dilation_rates: Sequence[int] | None = None,
         sparse_config: SparsePatternConfig | Mapping[str, Any] | None = None,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        num_heads: int | None = None,
-        dropout: float = 0.0,
-        scale: float | None = None,
-        mixed_precision: bool = False,
-        use_memory_pool: bool = False,
-        backend: str = "auto",
-        deterministic: bool = True,
+        **options: Unpack[UnorderedOptions],
     ) -> None:
-        super().__init__(
-            segment_lengths,
-            dilation_rates,
-            sparse_config,
-            device=device,
-            dtype=dtype,
-            num_heads=num_heads,
-            dropout=dropout,
-            scale=scale,
-            mixed_precision=mixed_precision,
-            use_memory_pool=use_memory_pool,
-            order="hilbert",
-            backend=backend,
-            deterministic=deterministic,
-        )
+        super().__init__(segment_lengths, dilation_rates, sparse_config, order="hilbert", **options)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from bs_patterns import BlockLayout
 
+from ._checks import check_number
 from ._mha_masks import Masks, check_call, check_mask_dtypes, merge
 from ._mha_nested import check_nested, nest_like, pad_nested
 from ._mha_weights import Appended, append_keys, dense_weights, unit_values
@@ -108,7 +109,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         backend: str = "auto",
         deterministic: bool = True,
     ) -> None:
-        _check_dropout(dropout)
+        check_number("dropout", dropout, "a number in [0, 1]", lambda x: 0 <= x <= 1)
         super().__init__(
             embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
         )
@@ -429,13 +430,6 @@ def _is_static(attention: nn.Module) -> bool:
 def _is_spread(attention: nn.Module) -> bool:
     """Whether the attention is over the shards of several ranks."""
     return getattr(attention, "world_size", 1) > 1
-
-
-def _check_dropout(dropout: Any) -> None:
-    if isinstance(dropout, bool) or not isinstance(dropout, int | float):
-        raise TypeError(f"dropout: expected a number in [0, 1], got {dropout!r}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout: expected a number in [0, 1], got {dropout!r}")
 
 
 def _check_attention(attention: Any, num_heads: int, dropout: float, arguments: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._checks import suggest
+from ._checks import check_choice
 from .attention import BlockSparseAttention
 from .factory import create_block_sparse_attention
 from .multihead import BlockSparseRingMultiheadDilatedAttention
@@ -67,12 +67,8 @@ def get_block_sparse_preset(
         | `adaptive_standard`    | 0.1001 / 0.1000 | 0.1000 / 0.1000 | 0.1000 / 0.1000 |
 
     Raises:
-        ValueError: An unknown name; the nearest is suggested.
+        TypeError: As `create_block_sparse_attention`, or `name` is not a string.
+        ValueError: As `create_block_sparse_attention`, or an unknown name; the nearest is suggested.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected the name of a preset, got {name!r}")
-    if name not in _PRESETS:
-        near = suggest(name, list(_PRESETS))
-        raise ValueError(f"name: expected one of {', '.join(_PRESETS)}, got {name!r}{near}")
-    variant, arguments = _PRESETS[name]
+    variant, arguments = _PRESETS[check_choice("name", name, list(_PRESETS))]
     return create_block_sparse_attention(variant, **{**arguments, **overrides})

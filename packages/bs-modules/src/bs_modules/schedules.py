@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from typing import Any
 
 from torch import nn
 
-from ._checks import check_int, suggest
+from ._checks import check_choice, check_int, check_sparsity, check_state
 
 _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t,
@@ -36,7 +36,8 @@ class ProgressiveSparsityScheduler:
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A sparsity out of range, an unknown schedule, or a model with nothing to schedule.
+        ValueError: A sparsity out of range, or one that a config does not take; an unknown schedule, or a model with
+            nothing to schedule.
 
     Source: cubic: Zhu and Gupta, "To prune, or not to prune", 2017.
     """
@@ -87,19 +88,18 @@ class ProgressiveSparsityScheduler:
         Raises:
             ValueError: Missing or unknown entries, or values out of range. The scheduler is unchanged.
         """
-        if set(state) != set(_STATE):
-            raise ValueError(f"state: expected the keys {', '.join(_STATE)}, got {', '.join(map(str, state))}")
-        self._set(*(state[name] for name in _STATE))
+        self._set(*check_state(state, _STATE))
 
     def _set(self, initial: Any, final: Any, total_steps: Any, schedule: Any, step: Any) -> None:
-        checked = (_check_sparsity("initial_sparsity", initial), _check_sparsity("final_sparsity", final))
+        checked = (check_sparsity("initial_sparsity", initial), check_sparsity("final_sparsity", final))
         total_steps = check_int("total_steps", total_steps)
-        if not isinstance(schedule, str):
-            raise TypeError(f"schedule: expected one of {', '.join(_SHAPES)}, got {schedule!r}")
-        if schedule not in _SHAPES:
-            near = suggest(schedule, list(_SHAPES))
-            raise ValueError(f"schedule: expected one of {', '.join(_SHAPES)}, got {schedule!r}{near}")
+        schedule = check_choice("schedule", schedule, list(_SHAPES))
         step = check_int("current_step", step, least=0)
+        for config in self._configs():
+            for sparsity in checked:
+                trial = copy(config)
+                trial.sparsity_ratio = 1 - sparsity
+                trial.validate()
         self.initial_sparsity, self.final_sparsity = checked
         self.total_steps, self.schedule, self.current_step = total_steps, schedule, step
         self._apply()
@@ -113,11 +113,3 @@ class ProgressiveSparsityScheduler:
             config = getattr(module, "sparse_config", None)
             if hasattr(config, "sparsity_ratio"):
                 yield config
-
-
-def _check_sparsity(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number in [0, 1), got {value!r}")
-    if not 0 <= float(value) < 1:
-        raise ValueError(f"{name}: expected a sparsity in [0, 1) (0.9 drops 90 % of the blocks), got {value!r}")
-    return float(value)
