@@ -16,7 +16,7 @@ from bs_modules.cli import main
 from bs_modules.lm.errors import InputError, RunError
 from bs_modules.lm.run import Run
 from bs_modules.lm.team import assemble
-from bs_modules.lm.train import Interrupted, resolve, train
+from bs_modules.lm.train import Interrupted, Trainer, resolve, train
 from bs_modules.testing import tiny_corpus, tiny_settings
 
 
@@ -46,7 +46,7 @@ def test_loss_and_validation_are_those_of_one_process(tmp_path):
     for nproc in (1, 2):
         settings = tiny_settings(context=101, batch=2, nproc=nproc)
         run = run_in(tmp_path / str(nproc), settings)
-        with assemble(run.settings) as team:
+        with assemble(run.settings, Trainer) as team:
             result = train(run, tiny_corpus(), Watcher(), team=team)
         runs[nproc] = (losses(run), result)
     torch.testing.assert_close(torch.tensor(runs[2][0]), torch.tensor(runs[1][0]), rtol=1e-4, atol=0)
@@ -59,7 +59,7 @@ def test_loss_and_validation_are_those_of_one_process(tmp_path):
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     settings = tiny_settings(nproc=3, batch=1)
     stopped, whole = run_in(tmp_path / "stopped", settings), run_in(tmp_path / "whole", settings)
-    with assemble(settings) as team:
+    with assemble(settings, Trainer) as team:
         train(whole, tiny_corpus(), Watcher(), team=team)
         asked = []
         with pytest.raises(Interrupted):
@@ -70,7 +70,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
 
 def test_a_killed_worker_ends_the_run_with_one_line(tmp_path):
     run = run_in(tmp_path / "run", tiny_settings(nproc=3, save_seconds=0.0))
-    with assemble(run.settings) as team:
+    with assemble(run.settings, Trainer) as team:
         kill = Watcher(2, lambda: os.kill(team._workers[1].process.pid, signal.SIGKILL))
         with pytest.raises(RunError, match="process 2 of 3 was killed by SIGKILL; the checkpoint of step 2 is kept"):
             train(run, tiny_corpus(), kill, team=team)
@@ -79,7 +79,7 @@ def test_a_killed_worker_ends_the_run_with_one_line(tmp_path):
 
 def test_an_error_in_a_worker_is_told(tmp_path):
     run = run_in(tmp_path / "run", tiny_settings(nproc=2))
-    with assemble(run.settings) as team:
+    with assemble(run.settings, Trainer) as team:
         wrong = Watcher(1, lambda: team.tell("no_such_thing"))
         with pytest.raises(RunError, match=r"process 1 of 2 failed: AttributeError: .*no_such_thing"):
             train(run, tiny_corpus(), wrong, team=team)

@@ -24,7 +24,7 @@ from .run import Run, locked, new_folder
 from .settings import DEFAULT_MINUTES, Settings, settings_from
 from .signals import StopSignals
 from .team import Team, assemble
-from .train import Interrupted, keep_freed_memory, resolve, steps_within
+from .train import Interrupted, Trainer, keep_freed_memory, resolve, steps_within
 from .yardsticks import yardsticks
 
 # Windows of text over which the picture of a gate's picks is drawn.
@@ -59,7 +59,7 @@ def train_session(folder: Path, given: dict[str, Any], *, resume: bool, compare:
                     soft_wrap=True,
                 )
             _check_comparable(run.settings, compare)
-            with locked(folder), assemble(run.settings) as team:
+            with locked(folder), assemble(run.settings, Trainer) as team:
                 _train_and_report(run, corpus, console, stop, compare, team)
             return
         settings = settings_from(given, "settings")
@@ -69,7 +69,7 @@ def train_session(folder: Path, given: dict[str, Any], *, resume: bool, compare:
         if settings.start_from is not None:
             starting_weights(settings)  # refused before anything is written
         new_folder(folder)
-        with locked(folder), assemble(settings) as team:
+        with locked(folder), assemble(settings, Trainer) as team:
             settings = _with_steps(settings, corpus, begun, team)
             _stop_early(stop)
             facts = {"text": corpus.digest, "source": corpus.description, "torch": torch.__version__}

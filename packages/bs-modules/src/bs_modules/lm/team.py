@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -81,12 +81,15 @@ class Team:
 class Worker:
     """A worker as its leader sees it."""
 
-    def __init__(self, rank: int, world_size: int, port: int, threads: int) -> None:
-        context = _context()
+    def __init__(self, rank: int, world_size: int, port: int, threads: int, trainer: Callable[..., Any]) -> None:
+        context = _context(trainer.__module__)
         self.rank = rank
         theirs, self.orders = context.Pipe(duplex=True)
         self.process = context.Process(
-            target=_work, args=(rank, world_size, port, threads, theirs), name=f"bsattn train {rank}", daemon=True
+            target=_work,
+            args=(rank, world_size, port, threads, theirs, trainer),
+            name=f"bsattn train {rank}",
+            daemon=True,
         )
         self.process.start()
         theirs.close()
@@ -104,8 +107,12 @@ class Worker:
 
 
 @contextlib.contextmanager
-def assemble(settings: Settings) -> Iterator[Team | None]:
+def assemble(settings: Settings, trainer: Callable[..., Any]) -> Iterator[Team | None]:
     """The team of a run while it trains; None where one process trains alone.
+
+    Args:
+        settings: Of the run.
+        trainer: Makes what a worker does its work with, from (settings, corpus, team); importable by its name.
 
     Raises:
         InputError: This process is in a process group already.
@@ -121,7 +128,7 @@ def assemble(settings: Settings) -> Iterator[Team | None]:
     try:
         with _signals_held():
             for rank in range(1, settings.nproc):
-                workers.append(Worker(rank, settings.nproc, store.port, settings.threads or 1))
+                workers.append(Worker(rank, settings.nproc, store.port, settings.threads or 1, trainer))
         team = Team(0, settings.nproc, workers)
         try:
             _join_group(store, 0, settings.nproc)
@@ -153,14 +160,14 @@ def gathered_attention(model: nn.Module) -> Iterator[None]:
             block.attention = attention
 
 
-def _context() -> Any:
-    """Fresh processes that share one import of torch where the platform has a fork server, else spawned ones."""
+def _context(module: str) -> Any:
+    """Fresh processes that share one import of a module (and of torch) where there is a fork server; else spawned."""
     import multiprocessing
 
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bs_modules.lm.train"])
+    context.set_forkserver_preload([module])
     return context
 
 
@@ -183,10 +190,8 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(rank: int, world_size: int, port: int, threads: int, orders: Any) -> None:
+def _work(rank: int, world_size: int, port: int, threads: int, orders: Any, make_trainer: Callable[..., Any]) -> None:
     """A worker's life: one order after another, until the leader is gone."""
-    from .train import Trainer
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     inbox: list[Any] = []
@@ -215,7 +220,7 @@ def _work(rank: int, world_size: int, port: int, threads: int, orders: Any) -> N
                 name, arguments = inbox.pop(0)
             if name == "begin":
                 settings, corpus = arguments
-                trainer = Trainer(settings, corpus, team)
+                trainer = make_trainer(settings, corpus, team)
             elif name == "train_step":
                 rate, trainer.step = arguments
                 with contextlib.suppress(NotFinite):  # the leader says so
