@@ -2,7 +2,7 @@
 PACKAGES := bs-patterns bs-memory bs-kernels bs-comm bs-modules
 RUN := uv run --locked
 
-.PHONY: ci lock lint test isolated sanitize docs build soak bench
+.PHONY: ci lock lint test isolated sanitize docs build soak
 
 ci: lock lint test isolated sanitize docs build
 
