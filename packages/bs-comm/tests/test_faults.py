@@ -50,6 +50,11 @@ def run_until_failure(rank, world, plan, victim, at_call, at_step, stop):
             ring.close()
             # A peer that wakes up may still write into these buffers: nobody may lease them again.
             assert pool.stats().leases == held > 0
+            # A thread that is still in gloo when the interpreter ends would abort the process.
+            for thread in threading.enumerate():
+                if thread.name == "bs-comm wait":
+                    thread.join(5.0)
+                    assert not thread.is_alive()
             return call, error.peer, seconds, error.phase, error.nbytes
     raise AssertionError(f"rank {rank} got data from a failed call")
 

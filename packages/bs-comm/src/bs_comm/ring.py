@@ -400,11 +400,11 @@ class PackedRing:
             raise
 
     def _give_up(self) -> None:
-        """Stop using buffers that a peer may still write into."""
+        """Stop using buffers that a peer may still write into, and connections that a thread may wait in."""
         buffers: PackedBuffers | None = getattr(self, "_buffers", None)  # None: the header failed.
         if buffers is not None and self.plan.world_size > 1:
             buffers.quarantine()
-        self._transport.close()
+        self._transport.give_up()
 
     def close(self) -> None:
         """Give the buffers back. Every rank may do this on its own; calls after it raise."""

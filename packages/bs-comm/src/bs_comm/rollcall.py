@@ -169,7 +169,7 @@ class RollCall:
             patience = 0.0 if failed.is_broken else self._patience
             self._failure = self._health.conclude(failed.report, patience).error()
             note_failure(self._group, self._failure)
-            self._transport.close()
+            self._transport.give_up()
             raise self._failure from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class Transport:
         self._global = [dist.get_global_rank(group, r) for r in range(world_size)] if group is not None else [0]
         self._blocks_host = group is not None and dist.get_backend(group) != "nccl"
         self._waiter: _Waiter | None = None
+        self._stuck_with: int | None = None  # the peer of a hop that was given up while a thread waits in it
         self.sent_bytes = np.zeros((_KINDS, world_size), np.int64)
         self.received_bytes = np.zeros((_KINDS, world_size), np.int64)
         self.wait_seconds = 0.0
@@ -115,7 +117,7 @@ class Transport:
         Raises:
             HopFailed: The connection to one of the two is gone.
         """
-        tag = (self._channel * _KINDS + kind) * STEPS + step % STEPS
+        tag = self._tag(kind, step)
         got = None if receive is None else Hop(kind, True, receive[0], step, receive[1].numel(), None)
         put = None if send is None else Hop(kind, False, send[0], step, send[1].numel(), None)
         ops = [
@@ -168,8 +170,10 @@ class Transport:
                     raise HopFailed(hop.report(phase, "another rank reported a failure while this one was waiting"))
             if self._waiter.error is not None:
                 raise HopFailed(hop.report(phase, _one_line(self._waiter.error)), is_broken=True)
-        except HopFailed:
-            self.close()  # The thread may be stuck in this hop until that times out.
+        except BaseException:
+            if not self._waiter.done.is_set():
+                self._stuck_with = hop.peer
+            self.close()
             raise
         finally:
             self.wait_seconds += time.monotonic() - started
@@ -203,6 +207,25 @@ class Transport:
             known[have : have + count] = incoming.view(torch.int64).view(count, width)
             have, round_ = have + count, round_ + 1
         return known.roll(self._rank, 0)
+
+    def give_up(self) -> None:
+        """Close the group's connections if a thread is stuck in one, and end it; only once a failure has its verdict.
+
+        A thread that came back from a connection while the interpreter ends would abort the process.
+        """
+        if self._stuck_with is not None:
+            # What gloo does on a wait that times out, here one for a message that nobody sends.
+            nothing, peer = torch.empty(1, dtype=torch.uint8), self._global[self._stuck_with]
+            with contextlib.suppress(RuntimeError):
+                (work,) = dist.batch_isend_irecv(
+                    [dist.P2POp(dist.irecv, nothing, peer, self._group, self._tag(CONTROL, STEPS - 1))]
+                )
+                work.wait(timedelta(milliseconds=1))
+            self._stuck_with = None
+        self.close()
+
+    def _tag(self, kind: int, step: int) -> int:
+        return (self._channel * _KINDS + kind) * STEPS + step % STEPS
 
     def close(self) -> None:
         """End the waiting thread."""
