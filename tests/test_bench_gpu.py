@@ -190,3 +190,21 @@ def test_the_tools_go_through_everything_in_the_interpreter(tool, tmp_path):
 
 def test_names_of_files(bench):
     assert bench.slug("NVIDIA H200 141GB (HBM3e)") == "nvidia-h200-141gb-hbm3e"
+
+
+def test_runs_add_up_and_one_failure_stops_nothing(bench, tmp_path, monkeypatch):
+    def measured(section, setting, device, args):
+        if setting.causal:
+            raise RuntimeError("as a compiler would")
+        return bench.record_of(setting, 1.0, {"triton": {"forward": setting.density, "backward": 1.0}})
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # put back after the test: a dry run sets it
+    monkeypatch.setattr(bench, "measured", measured)
+    command = ["--dry", "--no-check", "--out", str(tmp_path), "--only", "speed", "--densities"]
+    for densities in (["0.5", "0.25"], ["0.25", "1.0"]):
+        with pytest.raises(SystemExit, match="2 measurements failed"):
+            bench.main([*command, *densities])
+    found = json.loads((tmp_path / "gpu-dry-run.json").read_text())
+    assert sorted(record["density"] for record in found["speed"]) == [0.25, 0.5, 1.0]
+    assert {failure["density"] for failure in found["failed"]} == {0.25, 1.0}
+    assert "unfinished" not in found

@@ -7,8 +7,10 @@
     python tools/bench_gpu.py --page                   # only write the page again, needs no GPU
     python tools/bench_gpu.py --dry --out FOLDER       # go through all of it in Triton's interpreter, tiny; no GPU
 
-Correctness comes first: the `triton` backend is held against the float64 oracle on this device, and nothing is measured
-if it fails. Contestants take turns; what is reported is the median of the rounds with the quartiles beside it.
+Correctness comes first: what is measured is held against the float64 oracle on this device, and nothing is measured
+if it fails. Contestants take turns; what is reported is the median of the rounds with the quartiles beside it. A
+setting that is measured again replaces itself in the file, the others stay: runs add up. Where one setting fails the
+rest goes on, and the exit status is 1.
 
 η = share × t_dense / t_sparse, where share is the fraction of the dense kernel's (query, key) pairs that the layout
 keeps and t_dense is that of the fastest dense kernel here, inside torch (cuDNN, flash, efficient) or in an installed
@@ -21,8 +23,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
+import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +48,9 @@ def settings(section: str, args: argparse.Namespace) -> Iterator[Setting]:
     plain = Setting(dtype=args.dtype, heads=args.heads, kv_heads=args.heads, block=args.block)
     plain = replace(plain, head_dim=args.head_dims[0], tokens=args.speed_tokens)
     if section == "speed":
-        for dim in args.head_dims:
-            for causal in (False, True):
-                for density in args.densities:
+        for density in args.densities:
+            for dim in args.head_dims:
+                for causal in (False, True):
                     yield replace(plain, head_dim=dim, causal=causal, density=density)
     elif section == "layouts":
         for layout in ("window", "skewed"):
@@ -180,38 +184,41 @@ def measured(section: str, setting: Setting, device: Device, args: argparse.Name
 # -- correctness -------------------------------------------------------------------------------------------------------
 
 
-def check(device: Device) -> int:
-    """Hold the backend against the float64 oracle on this device; returns the number of cases."""
+def check(device: Device, args: argparse.Namespace) -> int:
+    """Hold what is going to be measured against the float64 oracle on this device; returns the number of cases.
+
+    Not every argument and dtype: every case waits for the compiler. The tests have them all.
+    """
+    dtype = getattr(torch, args.dtype)
 
     def moved(x: Any) -> Any:
         return x.to(device.name) if isinstance(x, torch.Tensor) else x
 
-    def attention(q: Any, k: Any, v: Any, layout: Any, *, return_lse: bool, **arguments: Any) -> Any:
-        arguments = {name: moved(x) for name, x in arguments.items()}
-        results = block_sparse_attention(
-            moved(q), moved(k), moved(v), layout, return_lse=return_lse, backend="triton", **arguments
-        )
-        return tuple(x.cpu() for x in results)
+    def attention(
+        q: Any, k: Any, v: Any, layout: Any, *, return_lse: bool, deterministic: bool = True, **arguments: Any
+    ) -> Any:
+        given = {name: moved(x) for name, x in arguments.items()}
+        given |= {"return_lse": return_lse, "deterministic": deterministic, "backend": "triton"}
+        return tuple(x.cpu() for x in block_sparse_attention(moved(q), moved(k), moved(v), layout, **given))
 
-    length, dims, blocks = (70, (16,), (16,)) if device.dry else (700, (64, 128), (64, 128))
-    bias = torch.randn(1, 4, length, length, generator=torch.Generator().manual_seed(0))
-    variants: tuple[dict[str, Any], ...] = (
-        {},
-        {"causal": True, "sinks": True},
-        {"causal": True, "block_bias": True},
-        {"attn_bias": bias},
+    length = 5 * args.block + args.block // 2
+    training, decoding = (length, length), (1, 12 * length)
+    variants: tuple[tuple[tuple[int, int], bool, dict[str, Any]], ...] = (
+        (training, True, {}),
+        (training, True, {"causal": True}),
+        (training, False, {"causal": True}),
+        (training, True, {"causal": True, "sinks": True, "block_bias": True}),
+        (decoding, True, {}),
     )
     cases = 0
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for dim in dims:
-            for block in blocks:
-                for arguments in variants:
-                    layout = make_layout(
-                        np.random.default_rng(cases), seq_len=(length, length), block_size=(block, block), density=0.5
-                    )
-                    case = make_case(layout, q_heads=4, kv_heads=2, head_dim=dim, dtype=dtype, **arguments)
-                    check_against_oracle(case, attention)
-                    cases += 1
+    for dim in args.head_dims:
+        for lengths, deterministic, arguments in variants:
+            layout = make_layout(
+                np.random.default_rng(cases), seq_len=lengths, block_size=(args.block, args.block), density=0.5
+            )
+            case = make_case(layout, q_heads=4, kv_heads=2, head_dim=dim, dtype=dtype, **arguments)
+            check_against_oracle(case, partial(attention, deterministic=deterministic))
+            cases += 1
     return cases
 
 
@@ -265,7 +272,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, help="query heads")
     parser.add_argument("--block", type=int, help="tokens per block")
     parser.add_argument("--batches", nargs="+", type=int, help="of section decode")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin no new measurement after this long")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="begin no new measurement after this long; --tune takes half at most"
+    )
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
     parser.add_argument("--no-check", action="store_true", help="skip the correctness check; recorded as such")
     parser.add_argument("--tune", action="store_true", help="measure tile sizes first and keep them for this device")
@@ -307,15 +316,17 @@ def main(argv: list[str] | None = None) -> None:
     elif not torch.cuda.is_available():
         raise SystemExit("bench_gpu: torch sees no GPU; --page writes the page from the files that are there")
     began = time.perf_counter()
-    cases = 0 if args.no_check else check(device)
-    found: dict[str, Any] = {"stopped": [], "device": device_facts(device), "checked_cases": cases}
-    print(f"{found['device']['name']}: {cases} cases agree with the oracle", flush=True)
+    cases = 0 if args.no_check else check(device, args)
+    found: dict[str, Any] = {"stopped": [], "failed": [], "device": device_facts(device), "checked_cases": cases}
+    print(f"{found['device']['name']}: {cases} cases agree with the oracle, {_since(began)}", flush=True)
     if args.tune:
         import gpu_tune
 
-        found["tuned"] = gpu_tune.tune(args.head_dims, getattr(torch, args.dtype))
+        limit = began + args.minutes * 60 / 2
+        found["tuned"] = gpu_tune.tune(args.head_dims, getattr(torch, args.dtype), (args.block,), limit=limit)
+        print(f"tuned, {_since(began)}", flush=True)
     path = args.out / f"gpu-{slug(found['device']['name'])}.json"
-    found = results.load(path) | found  # sections that are not measured now stay
+    found = results.load(path) | found  # what is not measured now stays
     unfinished = found.pop("unfinished", {})
     for section in args.only:
         records = []
@@ -323,20 +334,38 @@ def main(argv: list[str] | None = None) -> None:
             if time.perf_counter() - began > args.minutes * 60:
                 found["stopped"].append(section)
                 break
-            records.append(measured(section, setting, device, args))
-            print(section, gpu_report.line(records[-1]), flush=True)
+            try:
+                records.append(measured(section, setting, device, args))
+            except Exception as error:
+                traceback.print_exc()
+                found["failed"].append({"section": section, **asdict(setting), "error": repr(error)[:500]})
+            else:
+                print(section, f"{gpu_report.line(records[-1])}, {_since(began)}", flush=True)
             results.save(path, found | {"unfinished": unfinished | {section: records}})
             if not args.dry:
                 torch.cuda.empty_cache()
         if not records:
             continue
         unfinished.pop(section, None)
-        found[section] = records
+        found[section] = joined(found.get(section, []), records)
         results.save(path, found | ({"unfinished": unfinished} if unfinished else {}))
         gpu_report.write(args.out)
-    print(f"wrote {path} in {time.perf_counter() - began:.0f} s")
+    print(f"wrote {path}, {_since(began)}")
     if found["stopped"]:
         print(f"out of time for {', '.join(found['stopped'])}: run again with --only {' '.join(found['stopped'])}")
+    if found["failed"]:
+        raise SystemExit(f"bench_gpu: {len(found['failed'])} measurements failed; what went wrong is above")
+
+
+def _since(began: float) -> str:
+    return f"{time.perf_counter() - began:.0f} s"
+
+
+def joined(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a section: those of now, and of earlier runs those of other settings."""
+    names = [field.name for field in fields(Setting)]
+    again = [[record[name] for name in names] for record in now]
+    return now + [record for record in before if [record.get(name) for name in names] not in again]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
     python tools/gpu_tune.py --head-dims 64 128 --blocks 64 128
 
+The file is written after every kernel, with the best so far if the time is up; training at the first head dim comes
+first. A configuration takes little longer than its compilation, a second or two: with a head dim and a block size there
+are about a hundred.
+
 Once the file is there, calls use it: which configuration runs is decided by files and tables alone, never by a timing
 inside a call, so results stay the same from run to run. Tensor descriptors are used only where they measured faster.
 """
@@ -10,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, replace
 
@@ -39,12 +45,16 @@ def variants(best: Config, *, hopper: bool, decoding: bool) -> Iterator[Config]:
             yield replace(best, descriptors=descriptors, waves=waves)
 
 
-def fastest(options: Iterable[Config], run: Callable[[Config], object]) -> tuple[Config, float] | None:
-    """The fastest configuration that the device can run, and its milliseconds."""
+def ranked(
+    options: Iterable[Config], run: Callable[[Config], object], limit: float = math.inf
+) -> list[tuple[Config, float]]:
+    """The configurations that the device can run with their milliseconds, fastest first; none begun past ``limit``."""
     from triton.errors import TritonError
 
-    best = None
+    found = []
     for option in options:
+        if time.perf_counter() > limit:
+            break
         try:
             run(option)
             torch.cuda.synchronize()
@@ -58,10 +68,8 @@ def fastest(options: Iterable[Config], run: Callable[[Config], object]) -> tuple
             end.record()
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end))
-        time = statistics.median(times)
-        if best is None or time < best[1]:
-            best = option, time
-    return best
+        found.append((option, statistics.median(times)))
+    return sorted(found, key=_milliseconds)
 
 
 def call_of(
@@ -99,8 +107,15 @@ def runs_of(call: Call, dout: torch.Tensor, *, decoding: bool) -> dict[str, Call
     }
 
 
-def tune(head_dims: list[int], dtype: torch.dtype, blocks: tuple[int, ...] = (128,)) -> dict[str, list[float]]:
-    """Measure and keep; returns the fields of `Config` and the milliseconds by shape."""
+def tune(
+    head_dims: list[int], dtype: torch.dtype, blocks: tuple[int, ...] = (128,), *, limit: float = math.inf
+) -> dict[str, list[float]]:
+    """Measure and keep; returns the fields of `Config` and the milliseconds by shape.
+
+    Args:
+        head_dims, dtype, blocks: what calls to measure with.
+        limit: of `time.perf_counter`; no measurement begins past it.
+    """
     from bs_kernels.backends.triton.arguments import shape_of
 
     path = config.tuned_path()
@@ -108,15 +123,18 @@ def tune(head_dims: list[int], dtype: torch.dtype, blocks: tuple[int, ...] = (12
         raise SystemExit("gpu_tune: BS_KERNELS_TUNING=off leaves nowhere to keep the result")
     target = config.Target.of(torch.device("cuda"))
     found: dict[str, list[float]] = {}
-    for dim, block, decoding in itertools.product(head_dims, blocks, (False, True)):
+    for decoding, dim, block in itertools.product((False, True), head_dims, blocks):
+        if time.perf_counter() > limit:
+            break
         call, dout = call_of(dim, block, dtype, decoding=decoding)
         for name, run in runs_of(call, dout, decoding=decoding).items():
             shape: Shape = shape_of(call, name)
-            best = fastest(choices(shape.extent), run)
-            if best is not None:
-                hopper = target.kind == "sm90"
-                best = min(fastest(variants(best[0], hopper=hopper, decoding=decoding), run) or best, best, key=_time)
-                chosen, ms = best
+            tried = dict.fromkeys((next(config.candidates(target, shape)), *choices(shape.extent)))
+            best = ranked(tried, run, limit)
+            more = (variants(option, hopper=target.kind == "sm90", decoding=decoding) for option, _ in best[:3])
+            best += ranked((option for each in more for option in each if option not in tried), run, limit)
+            if best:
+                chosen, ms = min(best, key=_milliseconds)
                 found[shape.key] = [*(float(value) for value in astuple(chosen)), ms]
                 print(f"{shape.key}: {chosen}, {ms:.3f} ms", flush=True)
                 config.write_tuned(path, target.name, {shape.key: chosen})
@@ -125,7 +143,7 @@ def tune(head_dims: list[int], dtype: torch.dtype, blocks: tuple[int, ...] = (12
     return found
 
 
-def _time(measured: tuple[Config, float]) -> float:
+def _milliseconds(measured: tuple[Config, float]) -> float:
     return measured[1]
 
 
@@ -143,7 +161,9 @@ if __name__ == "__main__":
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--blocks", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--minutes", type=float, default=30.0, help="begin no new measurement after this long")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("gpu_tune: torch sees no GPU")
-    tune(given.head_dims, getattr(torch, given.dtype), tuple(given.blocks))
+    end = time.perf_counter() + given.minutes * 60
+    tune(given.head_dims, getattr(torch, given.dtype), tuple(given.blocks), limit=end)
