@@ -103,12 +103,13 @@ class Shape:
 
 
 # Tiles for blocks that hold them, by the larger head dim: Config(tile_m, tile_n, warps, stages). Chosen so that the
-# compiler keeps (almost) everything in registers (see `ahead`); no timing is behind them yet.
+# compiler keeps (almost) everything in registers (see `ahead`) and, on Hopper, its products are those of four warps with
+# 64 rows or more; no timing is behind them yet.
 _NARROW = {
     "sm90": {
-        "forward": {64: Config(128, 128, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
-        "rows": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 2), 256: Config(64, 32, 8, 2)},
-        "columns": {64: Config(64, 128, 8, 3), 128: Config(64, 128, 8, 2), 256: Config(32, 32, 8, 2)},
+        "forward": {64: Config(128, 128, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 64, 8, 2)},
+        "rows": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 32, 8, 2)},
+        "columns": {64: Config(64, 128, 8, 3), 128: Config(64, 128, 8, 3), 256: Config(32, 64, 8, 2)},
     },
     "sm80": {
         "forward": {64: Config(128, 64, 4, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
@@ -121,6 +122,9 @@ _NARROW = {
         "columns": {64: Config(64, 64, 4, 1), 128: Config(32, 64, 4, 1), 256: Config(16, 32, 4, 1)},
     },
 }
+#: On Hopper, the stages of tiles of 64 queries, where tiles could be larger but blocks are not: four warps compute one,
+#: and two programs share a processor.
+_HALF = {("forward", 64): 3, ("forward", 128): 3, ("rows", 64): 3, ("rows", 128): 2}
 _WIDE = {  # float32
     "forward": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 16, 4, 2)},
     "rows": {64: Config(32, 32, 4, 2), 128: Config(32, 16, 4, 2), 256: Config(16, 16, 4, 1)},
@@ -156,6 +160,8 @@ def candidates(target: Target, shape: Shape) -> Iterator[Config]:
     fitted = replace(best, tile_m=_fit(shape.extent[0], best.tile_m), tile_n=_fit(shape.extent[1], best.tile_n))
     if fitted != best and fitted.tile_m * fitted.tile_n <= 32 * 64:
         fitted = replace(fitted, warps=min(fitted.warps, 4))
+    if target.kind == "sm90" and fitted.tile_m == 64 < best.tile_m and (kernel, bucket) in _HALF:
+        fitted = replace(fitted, warps=4, stages=_HALF[kernel, bucket])
     config = _tuned(target.name).get(shape.key, fitted)
     width = 4 if shape.dtype == torch.float32 else 2
     while True:

@@ -98,7 +98,11 @@ def column_lists(plan: LayoutPlan, group: int, *, masked_ends: bool) -> ColumnLi
 
 
 def _kept(plan: LayoutPlan, key: tuple, build):
-    """``build()``, remembered with the plan; not while a CUDA graph is captured: its memory belongs to the graph."""
+    """``build()``, remembered with the plan.
+
+    Not while a CUDA graph is captured: its memory belongs to the graph, and what is remembered would be stale where a
+    replay finds another layout in the tensors of the plan.
+    """
     if plan.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return build()
     return derived(plan, key, build)
