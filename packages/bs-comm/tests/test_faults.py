@@ -64,7 +64,7 @@ def moments():
     if not os.environ.get("BS_SOAK"):
         return [(2, 1, 0, 0, True), (3, 0, 1, 1, False), (4, 2, 2, 2, False), (4, 3, 1, 3, True)]
     rng = random.Random(int(os.environ.get("BS_SOAK_SEED", "0")))
-    worlds = [rng.randint(2, 4) for _ in range(50)]
+    worlds = [rng.randint(2, 4) for _ in range(int(os.environ.get("BS_SIGKILLS", "50")))]
     return [(w, rng.randrange(w), rng.randrange(4), rng.randrange(w), bool(i % 2)) for i, w in enumerate(worlds)]
 
 
