@@ -17,10 +17,10 @@ that every skipped block is time saved. Times are medians over rounds; η is the
 (least to most), each round against its own dense run. “Both” is forward and backward. Load is the machine's load
 average when a section began.
 
-Wide intervals at low density: the native core asks for large pages, and results of tens of megabytes are fresh memory
-in every call. On this virtual machine the first touch of such memory is now and then slow: one call of 110 ms took
-232 ms, 268 ms of it (over two threads) in the system. A float32 run at D = 128, 8,192 tokens and 5 % took 101 to 119 ms
-in most calls, 202 and 219 ms in two of fourteen, and 137 to 153 ms without large pages.
+Wide intervals at low density: results of tens of megabytes are fresh memory in every call, for which the native core
+asks for large pages, and on this virtual machine the first touch of such memory is now and then slow. Timed by hand
+(float32, D = 128, 8,192 tokens, 5 %), most calls took 101 to 119 ms and two of fourteen 202 and 219 ms; without large
+pages all took 137 to 153 ms.
 """
 
 
@@ -60,8 +60,26 @@ def _speed_table(records: list[dict[str, Any]], where: str) -> list[str]:
         for r in records
     ]
     first = records[0]
-    what = f"{first['tokens']} tokens, {first['heads']} heads, {'causal' if first['causal'] else 'not causal'}."
-    return [*lines, "", what, "", *table(header + [f"η {name}" for name in contestants], rows)]
+    what = f"{first['tokens']:,} tokens, {first['heads']} heads, {'causal' if first['causal'] else 'not causal'}."
+    return [*lines, "", what, *_summary(records), "", *table(header + [f"η {name}" for name in contestants], rows)]
+
+
+def _summary(records: list[dict[str, Any]]) -> list[str]:
+    """η of the native backend over density, in a few rows; nothing where it was not measured."""
+    first = records[0]
+    same = ("layout", "block", "kv_heads")
+    chosen = [r for r in records if all(r[x] == first[x] for x in same) and "native both" in r["eta"]]
+    if not chosen:
+        return []
+    cells = {(r["dtype"], r["head_dim"], r["density"]): r["eta"] for r in chosen}
+    densities = sorted({density for _, _, density in cells})
+    rows = []
+    for dtype, dim in dict.fromkeys(key[:2] for key in cells):
+        found = [cells.get((dtype, dim, density)) for density in densities]
+        both = [f"{eta['native forward'][0]:.2f} / {eta['native both'][0]:.2f}" if eta else "" for eta in found]
+        rows.append([f"{dtype}, D = {dim}", *both])
+    about = f"In short, `native`, forward / both, over density ({first['layout']} layouts, blocks of {first['block']}):"
+    return ["", about, "", *table(["", *map(str, densities)], rows), "", "All of it:"]
 
 
 def _length_table(records: list[dict[str, Any]], where: str) -> list[str]:
