@@ -101,6 +101,29 @@ def test_the_largest_go_first_and_the_rest_is_kept(ranks):
         assert first == second == [4, 4, 3.5, 0, 0, 0, 0, 3.5]
 
 
+def overflow(rank, world):
+    """A gradient that overflows in more entries than a step sends, as in mixed precision, and then a finite one."""
+    weight = nn.Parameter(torch.zeros(8))
+    module = nn.Module()
+    module.weight = weight
+    module.forward = lambda scale: (weight * scale).sum()
+    ddp = DistributedDataParallel(module)
+    compress_gradients(ddp, "topk", compression_ratio=0.5)
+    seen = []
+    for scale in (torch.full((8,), torch.inf), torch.ones(8)):
+        weight.grad = None
+        ddp(scale).backward()
+        seen.append(weight.grad)
+    return seen
+
+
+def test_an_overflow_is_seen_once(ranks):
+    for first, second in ranks.run(overflow, world_size=2):
+        assert not torch.isfinite(first).all()
+        assert second.count_nonzero() == 2
+        assert torch.isfinite(second).all()
+
+
 def small_steps(rank, world, steps):
     """A bucket whose share of the ratio pays for less than one entry a step: what has arrived after each step."""
     weight = nn.Parameter(torch.zeros(5))

@@ -85,6 +85,8 @@ def topk_hook(state: TopKState, bucket: GradBucket) -> Future[Tensor]:
     values = gradient[index]
     if state.error_feedback:
         gradient[index] = 0
+        if values_kept:  # An overflow went first and is seen by all; what is kept of it would come back for many steps.
+            gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         for parameter, rest in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
             state.residuals[id(parameter)] = rest
     _count(state, values_kept * (gradient.element_size() + _INDEX_BYTES), gradient.nbytes, world)
