@@ -31,11 +31,12 @@ EVERYTHING = {
 }
 
 
-def launches(target, kernels, *, dim, dtype, block=128, paged=False, q_heads=4, q_len=512, change=None, **arguments):
+def launches(target, kernels, *, dim, dtype, block=128, pages=None, q_heads=4, q_len=512, change=None, **arguments):
     layout = make_layout(np.random.default_rng(0), seq_len=(q_len, 512), block_size=(block, block), density=0.5)
     case = make_case(layout, q_heads=q_heads, kv_heads=2, head_dim=dim, dtype=dtype, **arguments)
-    case = make_pages(case) if paged else case
+    case = make_pages(case) if pages else case
     call = make_call(case.q, case.k, case.v, layout, **case.arguments)
+    call = replace(call, page_table=call.page_table.to(pages)) if pages else call
     batch = case.q.shape[0]
     rows, sums = torch.empty(batch, q_heads, q_len), torch.empty(1, q_heads, 4, 9)
     sums = None if call.block_bias is None else sums
@@ -60,11 +61,15 @@ ALL = ("forward", "rows", "columns")
 CASES = {
     "Hopper, bf16": ("sm90", ALL, {"dim": 128, "dtype": torch.bfloat16, "causal": True}),
     "Hopper, everything": ("sm90", ALL, {"dim": 64, "dtype": torch.float16, "block": 64, **EVERYTHING}),
-    "Hopper, pages": ("sm90", ("forward", "columns"), {"dim": 80, "dtype": torch.bfloat16, "block": 32, "paged": True}),
+    "Hopper, pages": (
+        "sm90",
+        ("forward", "columns"),
+        {"dim": 80, "dtype": torch.bfloat16, "block": 32, "pages": torch.int32},
+    ),
     "Hopper, decoding": (
         "sm90",
         ("pieces", "merge"),
-        {"dim": 128, "dtype": torch.bfloat16, "q_heads": 8, "q_len": 1, "paged": True, "sinks": True},
+        {"dim": 128, "dtype": torch.bfloat16, "q_heads": 8, "q_len": 1, "pages": torch.int32, "sinks": True},
     ),
     "Hopper, any order": ("sm90", ("atomic",), {"dim": 128, "dtype": torch.bfloat16, "causal": True}),
     "Ampere, a bias for every pair": ("sm80", ("bias",), {"dim": 64, "dtype": torch.bfloat16, "attn_bias": True}),
@@ -90,13 +95,16 @@ def test_kernels_compile(name):
             assert "cp.async.bulk.tensor" not in compiled.assembly, kernel  # nothing has measured it to be faster
 
 
-@pytest.mark.parametrize("kernel", ["forward", "rows", "columns"])
-def test_descriptors_use_the_copy_engine(kernel, monkeypatch):
+@pytest.mark.parametrize(
+    ("kernel", "pages"), [("forward", None), ("rows", None), ("columns", None), ("forward", torch.int64)]
+)
+def test_descriptors_use_the_copy_engine(kernel, pages, monkeypatch):
     if reason := missing_tool("sm90"):
         pytest.skip(reason)
     monkeypatch.setattr(Target, "of", lambda device: TARGETS["sm90"][1])
     change = {"descriptors": True}
-    ((_, made),) = launches("sm90", (kernel,), dim=128, dtype=torch.bfloat16, causal=True, change=change)
+    given = {"causal": True, "pages": pages, "change": change}
+    ((_, made),) = launches("sm90", (kernel,), dim=128, dtype=torch.bfloat16, **given)
     compiled = compile_for(made, "sm90")
     assert compiled.shared_memory <= TARGETS["sm90"][1].shared_memory
     assert "cp.async.bulk.tensor" in compiled.assembly

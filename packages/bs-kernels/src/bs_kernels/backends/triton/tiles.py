@@ -220,7 +220,7 @@ def load_step(
     """
     start = tokens.local
     if pages is not None:
-        batch = tl.load(pages + tokens.block)
+        batch = tl.load(pages + tokens.block).to(tl.int32)
         start = 0
     if view is not None and not MASKED:
         tile = view.load([batch, head, start + tokens.first, 0])
