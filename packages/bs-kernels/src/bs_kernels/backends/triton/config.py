@@ -103,8 +103,8 @@ class Shape:
 
 
 # Tiles for blocks that hold them, by the larger head dim: Config(tile_m, tile_n, warps, stages). Chosen so that the
-# compiler keeps (almost) everything in registers (see `ahead`) and, on Hopper, its products are those of four warps with
-# 64 rows or more; no timing is behind them yet.
+# compiler keeps (almost) everything in registers (see `ahead`) and, on Hopper, its products are those of four warps
+# with 64 rows or more; no timing is behind them yet.
 _NARROW = {
     "sm90": {
         "forward": {64: Config(128, 128, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(128, 64, 8, 2)},
