@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from bs_kernels import LayoutPlan, block_sparse_attention
@@ -125,6 +125,28 @@ def test_an_empty_batch_has_empty_results_and_zero_gradients(kind, name):
     assert found.pop("lse").shape == (0, 2, 11)
     for key, leaf in case.leaves.items():
         assert torch.equal(found[key], torch.zeros_like(leaf)), key
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own first use of forward mode
+def test_forward_mode_is_refused():
+    case = small_case("plain")
+
+    def attend(q):
+        return block_sparse_attention(q, case.k, case.v, case.layout)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(attend, (case.q,), (case.q,))
+    with forward_ad.dual_level():
+        assert torch.equal(attend(case.q), attend(case.q.clone()))  # nothing dual: as ever
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            attend(forward_ad.make_dual(case.q, case.q))
+
+
+def test_batched_gradients_are_refused():
+    function, leaves = as_function(small_case("plain"))
+    out, _ = function(*leaves)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.grad(out, leaves, torch.ones(2, *out.shape), is_grads_batched=True)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -138,3 +138,20 @@ def test_shapes_under_fake_tensors():
         out, lse = block_sparse_attention(q, k, torch.empty(2, 20, 2, 24, dtype=torch.bfloat16), plan, return_lse=True)
     assert (out.shape, out.dtype) == ((2, 20, 4, 24), torch.bfloat16)
     assert (lse.shape, lse.dtype) == ((2, 4, 20), torch.float32)
+
+
+class Attend(torch.nn.Module):
+    def forward(self, q, k, v, layout):
+        return block_sparse_attention(q, k, v, layout)
+
+
+@pytest.mark.parametrize("kind", ["plan", "batched"])
+def test_export_takes_layouts_as_arguments(kind):
+    sizes = {"seq_len": (24, 24), "block_size": (8, 8)}
+    if kind == "batched":
+        layout = make_batched_layout(np.random.default_rng(3), batch=1, **sizes)
+    else:
+        layout = LayoutPlan.build(make_layout(np.random.default_rng(3), **sizes))
+    x = torch.randn(1, 24, 2, 8)
+    exported = torch.export.export(Attend(), (x, x, x, layout)).module()
+    torch.testing.assert_close(exported(x, x, x, layout), Attend()(x, x, x, layout))

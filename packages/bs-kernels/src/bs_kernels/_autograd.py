@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import op
 from ._double_backward import differentiable_backward
@@ -115,6 +116,10 @@ class _AttentionBackward(torch.autograd.Function):
 
 
 def _needs_gradient(*tensors: Any) -> bool:
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError("attention has no forward-mode derivative (torch.func.jvp, forward_ad): use backward")
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from .backends.native import native_delta
 
@@ -42,7 +42,8 @@ def _is_plain(tensors: list[Tensor]) -> bool:
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
-    return all(type(x) is Tensor and not is_functorch_wrapped_tensor(x) for x in tensors)
+    wrapped = any(is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x) for x in tensors)
+    return not wrapped and all(type(x) is Tensor for x in tensors)
 
 
 def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

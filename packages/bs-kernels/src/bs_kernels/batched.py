@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ._plan_arrays import stable_argsort
+from ._pytrees import register_fields
 from .token_mask import TokenMask
 
 __all__ = ["BatchedLayout", "batched_lists"]
@@ -95,12 +95,7 @@ class BatchedLayout:
         return self
 
 
-pytree.register_pytree_node(
-    BatchedLayout,
-    lambda x: ([x.indices, x.counts], (x.block_size, x.seq_len, x.causal)),
-    lambda leaves, context: BatchedLayout(*leaves, *context),
-    serialized_type_name="bs_kernels.BatchedLayout",
-)
+register_fields(BatchedLayout, ("indices", "counts"), ("block_size", "seq_len", "causal"))
 
 
 def batched_lists(

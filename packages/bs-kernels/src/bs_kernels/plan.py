@@ -13,7 +13,6 @@ from types import NoneType
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import bs_patterns
 from bs_memory import DeviceCache
@@ -21,6 +20,7 @@ from bs_patterns import BlockLayout
 
 from ._geometry import Geometry, Positions
 from ._plan_arrays import build_arrays
+from ._pytrees import register_fields
 from .batched import BatchedLayout, batched_lists
 from .token_mask import TokenMask
 
@@ -233,13 +233,10 @@ class LayoutPlan:
         )
 
 
-_STATIC_FIELDS = ("block_size", "seq_len", "token_mask", "layout_nnz", "order", "digest", "dense_offset")
-
-pytree.register_pytree_node(
+register_fields(
     LayoutPlan,
-    lambda plan: (list(plan.tensors), tuple(getattr(plan, name) for name in _STATIC_FIELDS)),
-    lambda leaves, context: LayoutPlan(*leaves, *context),
-    serialized_type_name="bs_kernels.LayoutPlan",
+    TENSOR_FIELDS,
+    ("block_size", "seq_len", "token_mask", "layout_nnz", "order", "digest", "dense_offset"),
 )
 
 _ORDERS = ("auto", "row", "longest_first", "hilbert", "morton")
@@ -323,9 +320,12 @@ def _build(
 def _batched_geometry(layout: BatchedLayout, given: tuple[Positions, ...]) -> dict[str, Tensor]:
     """Bounds and starts of the blocks of a batched layout; copied from the host only where given as arrays."""
     geometry = Geometry.of(layout.block_size, layout.seq_len, layout.shape[2:], *given)
-    if any(not isinstance(x, (int, NoneType)) for x in given[:2]) or any(x is not None for x in given[2:]):
+    q_start, kv_start, *irregular = given
+    if not isinstance(q_start, (int, NoneType)) or not isinstance(kv_start, (int, NoneType)):
         return _geometry_tensors(geometry, layout.device)
-    first = [layout.seq_len[1] - layout.seq_len[0] if given[0] is None else given[0], given[1] or 0]
+    if any(x is not None for x in irregular):
+        return _geometry_tensors(geometry, layout.device)
+    first = [layout.seq_len[1] - layout.seq_len[0] if q_start is None else q_start, kv_start or 0]
     tensors = {}
     for axis, name in enumerate(("q", "kv")):
         blocks, block = layout.shape[2 + axis], layout.block_size[axis]

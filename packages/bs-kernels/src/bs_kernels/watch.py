@@ -115,7 +115,7 @@ def _put_in_place() -> None:
         for phase in ("forward", "backward"):
             _replace(backend, phase, _timed(backend, phase, getattr(backend, phase)))
     _replace(plan._plans, "get_or_build", _looked_up(plan._plans.get_or_build))
-    _replace(_recovery, "oom_recovery", _reported(_recovery.oom_recovery))
+    _replace(_recovery, "oom_recovery", _reported(vars(_recovery)["oom_recovery"]))
 
 
 def _replace(holder: Any, name: str, function: Callable[..., Any]) -> None:
