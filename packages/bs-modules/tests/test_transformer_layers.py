@@ -176,7 +176,21 @@ def test_replacing_with_a_chosen_inner_attention():
     [
         (nn.MultiheadAttention(8, 2), {}, ValueError, "from_multihead"),
         ("model", {}, TypeError, "model: expected a module"),
-        (nn.Sequential(nn.MultiheadAttention(8, 2)), {"sparsity": 0.1}, TypeError, "sparsity: not a keyword"),
+        (
+            nn.Sequential(nn.MultiheadAttention(8, 2)),
+            {"sparsity": 0.1},
+            TypeError,
+            "sparsity: not an argument of .*did",
+        ),
+        (nn.Sequential(nn.MultiheadAttention(8, 2)), {"dropout": 0.1}, TypeError, "dropout: not an argument"),
+        (nn.Sequential(nn.MultiheadAttention(8, 2)), {"select": "0"}, TypeError, "select: expected a function"),
+        (nn.Sequential(nn.MultiheadAttention(8, 2)), {"attention": "base"}, TypeError, "attention: expected a fun"),
+        (
+            nn.Sequential(nn.MultiheadAttention(8, 2)),
+            {"sparse_config": {}, "sparsity_ratio": 0.1},
+            ValueError,
+            "sparsity_ratio: given beside sparse_config",
+        ),
         (nn.Sequential(nn.MultiheadAttention(8, 2)), {"sparse_config": {"block_size": 0}}, ValueError, "block_size"),
     ],
 )
@@ -185,6 +199,13 @@ def test_replacing_rejects_and_leaves_the_model_alone(model, kwargs, error, matc
         replace_attention(model, **kwargs)
     if isinstance(model, nn.Sequential):
         assert type(model[0]) is nn.MultiheadAttention
+
+
+def test_replacing_takes_the_fields_of_a_config():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    replace_attention(model, sparsity_ratio=0.3, block_size=16, backend="torch")
+    config = model[0].sparse_config
+    assert (config.sparsity_ratio, config.block_size, model[0].attention.backend) == (0.3, 16, "torch")
 
 
 def test_from_multihead_rejects_other_modules():
@@ -216,3 +237,12 @@ def test_compiles_into_one_graph(is_causal):
     torch.testing.assert_close(got, want)
     gradients = [torch.autograd.grad(out.square().sum(), sparse.in_proj_weight)[0] for out in (want, got)]
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_compiled_weights_at_several_lengths():
+    torch._dynamo.reset()
+    module = Multihead(16, 2, batch_first=True, sparse_config=dict(LOCAL)).eval()
+    compiled = torch.compile(module, backend="eager", dynamic=True)
+    for length in (8, 13, 21, 13):
+        x = torch.randn(2, length, 16)
+        torch.testing.assert_close(compiled(x, x, x), module(x, x, x))

@@ -257,6 +257,18 @@ def _gather(variant: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**arguments, chosen.config_argument: chosen.config.from_dict(flat)}
 
 
+def multihead_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a multihead module besides those of `nn.MultiheadAttention`, config fields among them gathered.
+
+    Raises:
+        TypeError: An argument that it does not have.
+        ValueError: A config field given both directly and inside a config.
+    """
+    own = [name for name in _arguments("multihead") if name not in (*_AROUND["multihead"], "attention")]
+    _check_known(given, own, "'multihead'")
+    return _gather("multihead", given)
+
+
 def _with_inner(around: str, attention: str, **given: Any) -> dict[str, Any]:
     """Arguments of the module around, with the named variant made of those that are not its own."""
     if attention == "base":

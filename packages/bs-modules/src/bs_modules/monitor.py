@@ -130,6 +130,8 @@ class Monitor:
     def __init__(self, model: nn.Module, *, sinks: Iterable[Sink] = (), synchronize: bool = False) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, got {type(model).__name__}")
+        if not isinstance(sinks, Iterable):
+            raise TypeError(f"sinks: expected a sequence of sinks, got {sinks!r}")
         self.sinks = list(sinks)
         for n, sink in enumerate(self.sinks):
             if not callable(getattr(sink, "write", None)):

@@ -322,7 +322,7 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
             visible = torch.zeros(1, q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
         elif _is_static(self.attention):
             lengths = (index(q.shape[1]), index(k.shape[1]))
-            visible = _token_mask(self.attention, lengths, masks.causal, self.num_heads).to(q.device)
+            visible = self._token_mask(lengths, masks.causal).to(q.device)
         else:
             wide, appended = unit_values(v, appended)
             out = self._attend(q, k, wide, masks, appended)
@@ -334,6 +334,13 @@ class BlockSparseRingMultiheadDilatedAttention(nn.MultiheadAttention):
         if appended is not None:
             v = torch.cat((v, appended[1].expand(v.shape[0], -1, -1, -1)), dim=1)
         return torch.einsum("nhls,nshd->nlhd", weights.to(v.dtype), v), weights
+
+    def _token_mask(self, lengths: tuple[int, int], is_causal: bool) -> Tensor:
+        """bool `[1 or H, L, S]`: what the layout lets see what."""
+        if torch.compiler.is_compiling():
+            name = _mask_while_tracing(self.attention, lengths, is_causal, self.num_heads)
+            return getattr(self.attention._traced_plans, name)
+        return torch.from_numpy(self.attention.layout(lengths, is_causal, self.num_heads).token_mask())
 
     def _inner_dropout(self) -> float:
         """The dropout of the attention, which does not take 1: this module drops everything itself."""
@@ -399,8 +406,14 @@ def _unreached(*_: Any) -> None:
 
 
 @while_tracing
-def _token_mask(attention: BlockSparseAttention, lengths: tuple[int, int], is_causal: bool, num_heads: int) -> Tensor:
-    return torch.from_numpy(attention.layout(lengths, is_causal, num_heads).token_mask())
+def _mask_while_tracing(
+    attention: BlockSparseAttention, lengths: tuple[int, int], is_causal: bool, num_heads: int
+) -> str:
+    """Leaves a token mask where the graph that is being traced looks for it; returns the attribute's name."""
+    key = ("token mask", lengths, is_causal, num_heads, attention._fingerprint())
+    return attention._traced_plans.name_of(
+        key, lambda: torch.from_numpy(attention.layout(lengths, is_causal, num_heads).token_mask())
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

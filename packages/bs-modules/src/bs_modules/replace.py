@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .factory import multihead_arguments
 from .multihead import BlockSparseRingMultiheadDilatedAttention
 
 
@@ -55,14 +56,15 @@ def replace_attention(
         select: Called with the qualified name and the module; only modules for which it is true are replaced, for
             example self-attention only: `lambda name, module: name.endswith("self_attn")`. `None`: all.
         attention: Makes the inner attention for one module (`attention=` of the constructor). `None`: the base module.
-        **sparse: Keyword-only arguments of the multihead module's constructor, the same for all. A
-            `sparse_config` object is shared by all, so changing it changes them all.
+        **sparse: Keyword-only arguments of the multihead module's constructor, and fields of its config given directly
+            (`sparsity_ratio` is a density), the same for all. A `sparse_config` object is shared by all, so changing it
+            changes them all.
 
     Returns:
         The names replaced, and those skipped with the reason.
 
     Raises:
-        TypeError: `model` is not a module, or an unknown keyword.
+        TypeError: An argument has the wrong type, or an unknown keyword.
         ValueError: `model` itself is an `nn.MultiheadAttention`, or an argument is out of range; the model is
             unchanged.
     """
@@ -73,6 +75,10 @@ def replace_attention(
             "model: expected a module around nn.MultiheadAttention, got one itself; "
             "use BlockSparseRingMultiheadDilatedAttention.from_multihead(model)"
         )
+    for name, function in (("select", select), ("attention", attention)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: expected a function or None, got {function!r}")
+    sparse = multihead_arguments(sparse)
     twins: dict[int, nn.Module] = {}
     swaps: list[tuple[str, nn.Module, str, nn.Module]] = []
     skipped: list[tuple[str, str]] = []

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ._checks import check_int
 from .monitor import ModuleMetrics
 
 Sample = tuple[Mapping[str, str], float]
@@ -19,11 +20,16 @@ class LoggingSink:
     Args:
         logger: A logger, or the name of one.
         level: Of the lines.
+
+    Raises:
+        TypeError: An argument has the wrong type.
     """
 
     def __init__(self, logger: logging.Logger | str = "bs_modules.monitor", level: int = logging.INFO) -> None:
         self.logger = logging.getLogger(logger) if isinstance(logger, str) else logger
-        self.level = level
+        if not callable(getattr(self.logger, "log", None)):
+            raise TypeError(f"logger: expected a logger or the name of one, got {logger!r}")
+        self.level = check_int("level", level, least=0)
 
     def write(self, metrics: Mapping[str, ModuleMetrics], step: int | None = None) -> None:
         """Logs the metrics."""
