@@ -96,6 +96,7 @@ def attention_of(kind: str, density: float, args: argparse.Namespace) -> nn.Modu
     if kind.startswith("adaptive"):
         config = {
             "base_sparsity": 1 - density,
+            "row_budget": "share",  # what is asked for late lies anywhere before
             "block_size": args.block,
             "query_block_size": args.query_block,
             "hidden_dim": 32,

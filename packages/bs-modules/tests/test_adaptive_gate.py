@@ -19,8 +19,8 @@ from bs_patterns import BlockLayout, LocalWindow
 CPU = torch.device("cpu")
 
 
-def room_of(lengths, blocks=(4, 4), causal=True, density=0.4, most=None, candidates=lambda lengths: None, window=None):
-    return make_room(lengths, blocks, causal, density, most, candidates, CPU, window)
+def room_of(lengths, blocks=(4, 4), causal=True, density=0.4, most=None, candidates=lambda lengths: None, **more):
+    return make_room(lengths, blocks, causal, density, most, candidates, CPU, **more)
 
 
 def scored(seed, batch, heads, room, dtype=torch.float64):
@@ -30,11 +30,19 @@ def scored(seed, batch, heads, room, dtype=torch.float64):
 
 sizes = st.sampled_from([(1, 4), (4, 4), (3, 5), (8, 4), (1, 1)])
 windows = st.sampled_from([None, 1, 5, 16])
+budgets = st.sampled_from(["even", "share"])
 
 
-@given(length=st.integers(1, 90), blocks=sizes, causal=st.booleans(), density=st.floats(0.01, 1.0), window=windows)
-def test_budgets_meet_the_density_within_one_half(length, blocks, causal, density, window):
-    room = room_of((length, length), blocks, causal, density, window=window)
+@given(
+    length=st.integers(1, 90),
+    blocks=sizes,
+    causal=st.booleans(),
+    density=st.floats(0.01, 1.0),
+    window=windows,
+    rule=budgets,
+)
+def test_budgets_meet_the_density_within_one_half(length, blocks, causal, density, window, rule):
+    room = room_of((length, length), blocks, causal, density, window_size=window, row_budget=rule)
     allowed = BlockLayout.from_dense(
         np.ones((1, *room.readable.shape[1:]), bool) & (room.readable | room.kept).numpy(),
         block_size=blocks,
@@ -58,7 +66,7 @@ def test_budgets_meet_the_density_within_one_half(length, blocks, causal, densit
 
 @given(length=st.integers(2, 70), blocks=sizes, window=windows)
 def test_readable_blocks_end_before_the_rows_first_position(length, blocks, window):
-    room = room_of((length, length), blocks, window=window)
+    room = room_of((length, length), blocks, window_size=window)
     first = torch.arange(room.readable.shape[1]) * blocks[0]
     last_key = ((torch.arange(room.readable.shape[2]) + 1) * blocks[1]).clamp(max=length) - 1
     assert not (room.readable[0] & (last_key >= first[:, None])).any()
@@ -70,15 +78,21 @@ def test_readable_blocks_end_before_the_rows_first_position(length, blocks, wind
 @given(length=st.integers(1, 60), blocks=sizes, causal=st.booleans(), window=st.integers(1, 30))
 def test_a_window_is_kept_and_the_rest_is_as_it_was(length, blocks, causal, window):
     near = LocalWindow(window).layout(length, block_size=blocks, causal=causal).to_dense()[0]
-    without, room = (room_of((length, length), blocks, causal, window=size) for size in (None, window))
+    without, room = (room_of((length, length), blocks, causal, window_size=size) for size in (None, window))
     assert torch.equal(room.kept[0], without.kept[0] | torch.from_numpy(near))
     assert torch.equal(room.kept | room.readable, without.kept | without.readable)
 
 
-@given(queries=st.integers(1, 40), length=st.integers(1, 40), blocks=st.sampled_from([(1, 4), (4, 4)]), window=windows)
-def test_decoding_takes_the_budgets_of_its_positions(queries, length, blocks, window):
+@given(
+    queries=st.integers(1, 40),
+    length=st.integers(1, 40),
+    blocks=st.sampled_from([(1, 4), (4, 4)]),
+    window=windows,
+    rule=budgets,
+)
+def test_decoding_takes_the_budgets_of_its_positions(queries, length, blocks, window, rule):
     queries = min(queries, length)
-    whole, part = (room_of((n, length), blocks, window=window) for n in (length, queries))
+    whole, part = (room_of((n, length), blocks, window_size=window, row_budget=rule) for n in (length, queries))
     start = length - queries
     if blocks[0] == 1 or start % blocks[0] == 0:
         rows = slice(start // blocks[0], None)
@@ -102,13 +116,20 @@ def test_candidates_restrict_and_warn_when_they_are_too_few():
     assert torch.equal(room.budget, (room.readable | room.kept).sum(-1))
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20)), min_size=1, max_size=30), st.floats(0, 300))
-def test_fill_is_proportional_between_its_bounds(rows, target):
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20)), min_size=1, max_size=30),
+    st.floats(0, 300),
+    st.booleans(),
+)
+def test_fill_meets_its_target_between_its_bounds(rows, target, even):
     least = np.array([low for low, _ in rows])
     have = least + np.array([more for _, more in rows])
-    made = _fill(target, least, have)
+    made = _fill(target, least, have, even)
     assert ((least <= made) & (made <= have)).all()
     assert abs(made.sum() - min(max(target, least.sum()), have.sum())) <= 0.5 + 1e-6
+    free = (least < made) & (made < have)
+    rates = made[free] if even else made[free] / have[free]
+    assert not free.any() or rates.max() - rates.min() <= (1 if even else 2 / have[free].min())
 
 
 @given(length=st.integers(1, 30), block=st.integers(1, 6), padded=st.booleans())

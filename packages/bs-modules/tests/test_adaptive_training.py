@@ -29,6 +29,7 @@ def test_config_has_the_documented_defaults():
         "share_across_heads": False,
         "block_size": 64,
         "learn_density": False,
+        "row_budget": "even",
         "pooling": "mean_max",
         "gate": "straight_through",
         "distill_rows": 0,

@@ -10,6 +10,7 @@ from .config import CheckedConfig
 
 GATES = ("straight_through", "soft")
 POOLINGS = ("mean_max", "mean", "max")
+ROW_BUDGETS = ("even", "share")
 
 
 @dataclasses.dataclass
@@ -17,8 +18,8 @@ class AdaptiveConfig(CheckedConfig):
     """How many blocks a learned gate keeps, and how it scores them.
 
     Assigning to a field checks it at once. `base_sparsity`, `max_density`, `min_temperature`, `gate`, `block_size`,
-    `window_size` and `distill_rows` take effect at the next call of the modules that hold the config; the other fields
-    say what parameters a module is made with, and are read when it is made.
+    `window_size`, `row_budget` and `distill_rows` take effect at the next call of the modules that hold the config; the
+    other fields say what parameters a module is made with, and are read when it is made.
 
     Args:
         base_sparsity: The **sparsity** to meet, in [0, 1): 0.9 keeps 10 % of the allowed blocks.
@@ -34,6 +35,9 @@ class AdaptiveConfig(CheckedConfig):
         query_block_size: Tokens per query block; 1 selects for every query by itself. `None`: `block_size`.
         window_size: Tokens of a local window (as of `bs_patterns.LocalWindow`) whose blocks are always kept. They
             count towards the density, and are kept even where they alone are more. `None`: only the diagonal is.
+        row_budget: How the query blocks of a head share its density: `"even"` lets all keep the same number of blocks,
+            as far as they have so many; `"share"` the same share of what each may see, which leaves more to late causal
+            ones.
         pooling: What the scorer reads of a block: the mean over its tokens, the largest and smallest value of every
             feature (`"max"`), or both.
         gate: `"straight_through"`: the selected blocks are attended to exactly, and the gradient is that of `"soft"`.
@@ -58,6 +62,7 @@ class AdaptiveConfig(CheckedConfig):
     learn_density: bool = False
     query_block_size: int | None = None
     window_size: int | None = None
+    row_budget: str = "even"
     pooling: str = "mean_max"
     gate: str = "straight_through"
     max_density: float | None = None
@@ -133,6 +138,7 @@ AdaptiveConfig._checks = {
     "learn_density": check_flag,
     "query_block_size": lambda name, value: None if value is None else check_int(name, value),
     "window_size": lambda name, value: None if value is None else check_int(name, value),
+    "row_budget": lambda name, value: check_choice(name, value, ROW_BUDGETS),
     "pooling": lambda name, value: check_choice(name, value, POOLINGS),
     "gate": lambda name, value: check_choice(name, value, GATES),
     "max_density": check_density,

@@ -59,13 +59,14 @@ def make_room(
     candidates: Callable[[tuple[int, int]], BlockLayout | None],
     device: torch.device,
     window_size: int | None = None,
+    row_budget: str = "even",
 ) -> Room:
     """Solves the budgets on the host and puts the room on a device.
 
     Per head, `|Σ budget − max(density · allowed, Σ least)| ≤ 1/2`, unless there are fewer candidates than that: then
-    all are taken and a warning says what was met. Every row's budget is the same share of its candidates, as far as
-    what it must keep and what it has allow. Causal queries that are the last of more keys (decoding with a cache) take
-    the budgets that their positions have among as many queries as keys.
+    all are taken and a warning says what was met. All rows have the same budget, or the same share of their candidates,
+    as far as what they must keep and what they have allow. Causal queries that are the last of more keys (decoding with
+    a cache) take the budgets that their positions have among as many queries as keys.
 
     Args:
         seq_len: `(Sq, Sk)` tokens; for causal ones the last query sees the last key.
@@ -76,6 +77,7 @@ def make_room(
         candidates: Gives the blocks to choose from for some lengths; `None`: all allowed ones.
         device: Where the room lives.
         window_size: Tokens of the local window that is kept; `None` without one.
+        row_budget: `"even"` or `"share"`.
     """
     q_len, k_len = seq_len
     decoding = causal and q_len < k_len
@@ -87,7 +89,7 @@ def make_room(
     have = (readable | kept).sum(-1)
     least = np.maximum(kept.sum(-1), np.minimum(have, 1))
     budget, most = (
-        np.stack([_fill(share * allowed, *row) for row in zip(least, have, strict=True)])
+        np.stack([_fill(share * allowed, *row, row_budget == "even") for row in zip(least, have, strict=True)])
         for share in (density, max_density or density)
     )
     if layout is not None and (fewest := int(have.sum(-1).min())) < density * allowed - 0.5:
@@ -137,12 +139,16 @@ def _blocks(
     return first, reached & ~kept, kept, own
 
 
-def _fill(target: float, least: np.ndarray, have: np.ndarray) -> np.ndarray:
-    """Integers between `least` and `have` that add up to `target` as nearly as that allows, in proportion to `have`."""
+def _fill(target: float, least: np.ndarray, have: np.ndarray, even: bool) -> np.ndarray:
+    """Integers between `least` and `have` that add up to `target` as nearly as that allows.
+
+    They are alike if `even`, else in proportion to `have`.
+    """
+    wanted = np.full_like(have, have.max(initial=0)) if even else have
     low, high = 0.0, 1.0
     for _ in range(60):
         share = (low + high) / 2
-        low, high = (low, share) if np.clip(share * have, least, have).sum() >= target else (share, high)
+        low, high = (low, share) if np.clip(share * wanted, least, have).sum() >= target else (share, high)
     # Rounding the running sum keeps every integer next to its real number, and the total within one half.
-    running = np.floor(np.cumsum(np.clip(high * have, least, have)) + 0.5).astype(np.int64)
+    running = np.floor(np.cumsum(np.clip(high * wanted, least, have)) + 0.5).astype(np.int64)
     return np.diff(running, prepend=0)

@@ -305,6 +305,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
             ),
             device,
             config.window_size,
+            config.row_budget,
         )
 
     def layout(

@@ -10,6 +10,7 @@ gate_kinds = st.fixed_dictionaries(
         "gate": st.sampled_from(["straight_through", "soft"]),
         "share_across_heads": st.booleans(),
         "window_size": st.sampled_from([None, 6]),
+        "row_budget": st.sampled_from(["even", "share"]),
         "learn_density": st.booleans(),
     }
 )
