@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 7
+#define BSA_ABI_VERSION 8
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
 enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
@@ -85,6 +85,9 @@ BSA_EXPORT int bsa_forward(const bsa_call* call, int64_t* need);
 BSA_EXPORT int bsa_backward(const bsa_call* call, int64_t* need);
 // Reads batch, q_heads, q_len, v_dim, dout in dtype and out in result_dtype; takes no workspace.
 BSA_EXPORT int bsa_delta(const bsa_call* call);
+// Reads batch, kv_heads, kv_len, dim, kv_blocks, kv_bounds and k in dtype. Writes the mean of every key block to out
+// [batch, kv_blocks, kv_heads, v_dim] in f32, v_dim = dim; then the maximum with 2 dim, then the minimum with 3 dim.
+BSA_EXPORT int bsa_pool(const bsa_call* call);
 
 #ifdef __cplusplus
 }

@@ -151,4 +151,10 @@ int bsa_delta(const bsa_call* call) {
   const int status = resolve(call, &e);
   return status ? status : e->delta(call);
 }
+
+int bsa_pool(const bsa_call* call) {
+  const bsa_engine* e = nullptr;
+  const int status = resolve(call, &e);
+  return status ? status : e->pool(call);
+}
 }

@@ -7,6 +7,7 @@ struct bsa_engine {
   int (*forward)(const bsa_call*, int64_t* need);
   int (*backward)(const bsa_call*, int64_t* need);
   int (*delta)(const bsa_call*);
+  int (*pool)(const bsa_call*);
 };
 
 extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512, bsa_engine_avx512_bf16, bsa_engine_amx_bf16,
@@ -16,4 +17,5 @@ extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512,
   static int run_forward(const bsa_call* c, int64_t* need) { return Forward<V>(*c).run(need); }    \
   static int run_backward(const bsa_call* c, int64_t* need) { return Backward<V>(*c).run(need); }  \
   static int run_delta(const bsa_call* c) { return Delta<V>(*c).run(); }          \
-  const bsa_engine NAME = {run_forward, run_backward, run_delta};
+  static int run_pool(const bsa_call* c) { return Pool<V>(*c).run(); }            \
+  const bsa_engine NAME = {run_forward, run_backward, run_delta, run_pool};

@@ -4,5 +4,6 @@
 #include "delta.h"
 #include "engine.h"
 #include "forward.h"
+#include "pool.h"
 
 BSA_DEFINE_ENGINE(bsa_engine_portable, Portable)

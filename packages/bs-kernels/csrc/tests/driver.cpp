@@ -335,6 +335,27 @@ void execute(const char* name, int (*function)(const bsa_call*, int64_t*), bsa_c
   if (!fine) std::printf("%s refused\n", name), std::exit(1);
 }
 
+// Mean, maximum and minimum of every key block, or the first `parts` of them.
+void pool(long number, Rng& g, bsa_call c, const Tensor& k, long parts, double epsilon) {
+  Tensor made(g, BSA_F32, c.batch, c.kv_blocks, c.kv_heads, parts * c.dim, false);
+  c.v_dim = parts * c.dim, c.out = made.view();
+  if (bsa_pool(&c) != BSA_OK) std::printf("pool refused\n"), std::exit(1);
+  std::vector<double> want;
+  for (long b = 0; b < c.batch; ++b)
+    for (long j = 0; j < c.kv_blocks; ++j)
+      for (long h = 0; h < c.kv_heads; ++h)
+        for (long x = 0; x < parts * c.dim; ++x) {
+          const long part = x / c.dim, from = c.kv_bounds[j], to = c.kv_bounds[j + 1];
+          double sum = 0, top = k.get(b, from, h, x % c.dim), low = top;
+          for (long n = from; n < to; ++n) {
+            const double value = k.get(b, n, h, x % c.dim);
+            sum += value, top = std::max(top, value), low = std::min(low, value);
+          }
+          want.push_back(part == 0 ? sum / double(to - from) : part == 1 ? top : low);
+        }
+  compare("pool", number, c.isa, c.dtype, made, want, epsilon);
+}
+
 void run(long number) {
   Rng g{unsigned(number)};
   Problem p = make(g);
@@ -366,6 +387,7 @@ void run(long number) {
       std::vector<float> sums(lse.size());
       c.dlse = dlse.data(), c.delta = sums.data();
       if (bsa_delta(&c) != BSA_OK) std::printf("delta refused\n"), std::exit(1);
+      if (!c.page_table) pool(number, g, c, k, uniform(g, 1, 3), 0x1p-24 * 8);
       c.delta = delta.data();
       for (size_t x = 0; x < sums.size(); ++x)
         if (!(std::fabs(sums[x] - delta[x]) <= 64 * epsilon * 16))

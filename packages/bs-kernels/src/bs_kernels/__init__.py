@@ -7,6 +7,7 @@ from .dispatch import BackendReport, BackendTable
 from .merge import merge_attention
 from .partial import PartialGradients, attention_delta, partial_backward, partial_forward, sinks_gradient
 from .plan import LayoutPlan
+from .pooling import pool_blocks
 from .token_mask import TokenMask
 
 __version__ = "0.1.0"
@@ -27,5 +28,6 @@ __all__ = [
     "merge_attention",
     "partial_backward",
     "partial_forward",
+    "pool_blocks",
     "sinks_gradient",
 ]

@@ -28,7 +28,7 @@ def attention_delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None 
         Dao, Fu, Ermon, Rudra, Ré, "FlashAttention", 2022, with ∂lse/∂s = P added.
     """
     tensors = [x for x in (dout, out, lse, dlse) if x is not None]
-    if _is_plain(tensors) and (delta := native_delta(dout, out, lse, dlse)) is not None:
+    if is_plain(tensors) and (delta := native_delta(dout, out, lse, dlse)) is not None:
         return delta
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     if dlse is not None:
@@ -36,7 +36,7 @@ def attention_delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None 
     return delta.masked_fill(lse == _NEG_INF, 0)
 
 
-def _is_plain(tensors: list[Tensor]) -> bool:
+def is_plain(tensors: list[Tensor]) -> bool:
     """Whether nothing watches these tensors: no autograd, tracing, function transform or dispatch mode."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False

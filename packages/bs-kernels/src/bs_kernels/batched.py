@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ._plan_arrays import stable_argsort
 from ._pytrees import register_fields
@@ -132,8 +133,7 @@ def batched_lists(
     t_slots = _stable_order(column, cols + 1)
     column = _at(column, t_slots)
     row = torch.arange(q_blocks, device=device)[:, None].expand(batch, heads, q_blocks, slots).reshape(-1)
-    edges = torch.arange(cols, device=device)
-    col_begin, col_end = torch.searchsorted(column, edges), torch.searchsorted(column, edges, right=True)
+    col_begin, col_end = _runs(column, cols)
     lists = {
         "row_begin": begin.view(batch, heads, q_blocks),
         "row_end": (begin + counts.flatten()).view(batch, heads, q_blocks),
@@ -156,8 +156,22 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
     return values.index_select(0, index.flatten()).view(index.shape)
 
 
+def _on_host(x: Tensor) -> bool:
+    """Whether to take what is fastest on a CPU, whose shapes or values a graph could not follow."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _runs(column: Tensor, cols: int) -> tuple[Tensor, Tensor]:
+    """int64 ``[cols]``: where each value of ascending integers begins and ends."""
+    if _on_host(column):
+        end = torch.bincount(column, minlength=cols + 1)[:cols].cumsum(0)
+        return F.pad(end[:-1], (1, 0)), end
+    edges = torch.arange(cols, device=column.device)
+    return torch.searchsorted(column, edges), torch.searchsorted(column, edges, right=True)
+
+
 def _stable_order(keys: Tensor, bound: int) -> Tensor:
-    """int64; stable order of integers in ``[0, bound)``, on a CPU by radix: several times faster than torch's sort."""
-    if keys.device.type != "cpu" or torch.compiler.is_compiling():
+    """int64; stable order of integers in ``[0, bound)``, on a CPU by radix."""
+    if not _on_host(keys):
         return keys.sort(stable=True).indices
     return torch.from_numpy(stable_argsort(keys.numpy(), bound))

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from bs_kernels import pool_blocks
+
 from ._gate_documents import Documents
 
 _RANK = 32  # width of the embeddings whose product corrects the similarity
-_PIECE = 1 << 21  # bytes that several passes read from a CPU's cache
 
 
-def pool_blocks(x: Tensor, block: int, real: Tensor | None, parts: int) -> Tensor:
-    """Mean, maximum and minimum of every block over its real tokens, or the first `parts` of them.
+def pool_real_blocks(x: Tensor, block: int, real: Tensor | None, parts: int) -> Tensor:
+    """As `bs_kernels.pool_blocks`, over the real tokens only.
 
     Args:
         x: `[B, S, H, D]`.
@@ -30,52 +31,10 @@ def pool_blocks(x: Tensor, block: int, real: Tensor | None, parts: int) -> Tenso
         parts: P.
 
     Returns:
-        `[B, H, SB, P, D]` for SB blocks; 0 for a block without real tokens.
+        `[B, H, SB, P, D]` for SB blocks, fp32 (fp64 for fp64 inputs); 0 for a block without real tokens.
     """
-    if real is not None:
-        return _pool_real(x, block, real, parts)
-    whole = x.shape[1] - x.shape[1] % block
-    tiles = []
-    if whole:
-        blocks = x[:, :whole].unflatten(1, (-1, block))
-        piece = max(1, _PIECE * blocks.shape[1] // (blocks.numel() * x.element_size()))
-        tiles += blocks.split(piece, dim=1) if x.device.type == "cpu" else [blocks]
-    if whole < x.shape[1]:
-        tiles.append(x[:, None, whole:])
-    made = [torch.stack([_mean(part), *_extremes(part, parts - 1)], dim=-2) for part in tiles]
-    return (made[0] if len(made) == 1 else torch.cat(made, dim=1)).transpose(1, 2)
-
-
-def _mean(tiles: Tensor) -> Tensor:
-    # As a product with a row of 1 / block: several times faster in bf16 than a sum on CPU.
-    row = tiles.new_full((1, tiles.shape[2]), 1 / tiles.shape[2])
-    return (row @ tiles.flatten(3)).view(*tiles.shape[:2], *tiles.shape[3:])
-
-
-def _extremes(tiles: Tensor, count: int) -> list[Tensor]:
-    """The maximum over dimension 2 and the minimum, or the first `count` of them."""
-    half = tiles.dtype in (torch.bfloat16, torch.float16)
-    if count and half and tiles.device.type == "cpu" and not (torch.is_grad_enabled() and tiles.requires_grad):
-        return _extremes_of_bits(tiles, count)
-    return [reduce(tiles, 2) for reduce in (torch.amax, torch.amin)[:count]]
-
-
-def _extremes_of_bits(tiles: Tensor, count: int) -> list[Tensor]:
-    """The same of 16-bit floats by their bits, whose order as signed integers is theirs save that negative ones fall.
-
-    CPUs compare integers of 16 bits several times faster than such floats.
-    """
-    bits = tiles.view(torch.int16)
-    # The least integer is the largest of the negative floats, or the least float where none is negative.
-    top, bottom = bits.amax(2), bits.amin(2)
-    made = [torch.where(top < 0, bottom, top).view(tiles.dtype)]
-    if count > 1:
-        top = (-tiles).view(torch.int16).amax(2)
-        made.append(torch.where(top < 0, bottom, top ^ torch.iinfo(torch.int16).min).view(tiles.dtype))
-    return made
-
-
-def _pool_real(x: Tensor, block: int, real: Tensor, parts: int) -> Tensor:
+    if real is None:
+        return pool_blocks(x, block, parts)
     short = -x.shape[1] % block
     real = F.pad(real, (0, short)).view(x.shape[0], -1, block, 1, 1)
     tiles = F.pad(x, (0, 0, 0, 0, 0, short)).unflatten(1, (-1, block))
@@ -86,7 +45,8 @@ def _pool_real(x: Tensor, block: int, real: Tensor, parts: int) -> Tensor:
         made.append(torch.where(real, tiles, low).amax(2))
     if parts > 2:
         made.append(torch.where(real, tiles, high).amin(2))
-    return torch.stack([torch.where(count > 0, part, 0) for part in made], dim=-2).transpose(1, 2)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.stack([torch.where(count > 0, part, 0) for part in made], dim=-2).transpose(1, 2).to(wide)
 
 
 def pool_queries(q: Tensor, block: int, causal: bool, parts: int, real: Tensor | None = None) -> Tensor:
@@ -94,17 +54,27 @@ def pool_queries(q: Tensor, block: int, causal: bool, parts: int, real: Tensor |
 
     So a causal block's summary reads nothing after its first position, and a block of one query is that query.
     """
+    wide = torch.promote_types(q.dtype, torch.float32)
     if block == 1:
-        return q.transpose(1, 2).unsqueeze(-2)
+        return q.transpose(1, 2).unsqueeze(-2).to(wide)
     if not causal:
-        return pool_blocks(q, block, real, parts)
+        return pool_real_blocks(q, block, real, parts)
     # Nothing comes before the first query, so the first summary is of it alone.
-    first = q[:, :1].transpose(1, 2).unsqueeze(-2).expand(-1, -1, -1, parts, -1)
+    first = q[:, :1].transpose(1, 2).unsqueeze(-2).to(wide).expand(-1, -1, -1, parts, -1)
     blocks = -(-q.shape[1] // block)
     if blocks == 1:
         return first
     rest = slice(1, (blocks - 1) * block + 1)
-    return torch.cat((first, pool_blocks(q[:, rest], block, None if real is None else real[:, rest], parts)), dim=2)
+    made = pool_real_blocks(q[:, rest], block, None if real is None else real[:, rest], parts)
+    return torch.cat((first, made), dim=2)
+
+
+class Pooled(NamedTuple):
+    """What a scorer reads: `[B, H, QB, P, D]` and `[B, G, KB, P, D]`, and the dtype that its perceptrons compute in."""
+
+    queries: Tensor
+    keys: Tensor
+    dtype: torch.dtype
 
 
 class ImportanceScorer(nn.Module):
@@ -116,7 +86,8 @@ class ImportanceScorer(nn.Module):
 
     The second term bounds every q̄·k in the block from above. f and g are perceptrons over what pooling leaves of a
     block, normalised; f ends in zeros, so that training starts from the similarities. All terms but the last are one
-    matrix product, whose cost is query blocks × key blocks × (3 D + R).
+    matrix product, whose cost is query blocks × key blocks × (3 D + R). It is in fp32 (fp64 for fp64 inputs), f and g
+    are in the dtype of the queries.
 
     Args:
         num_heads: Query heads; `None` reads them from the first input.
@@ -246,7 +217,7 @@ class ImportanceScorer(nn.Module):
         Returns:
             `[B, H, QB, KB]`, or `[B, 1, QB, KB]` shared; fp32, or fp64 for fp64 inputs.
         """
-        return self.score(*self.pool(q, k, block_size, is_causal, key_padding_mask), distance)
+        return self.score(self.pool(q, k, block_size, is_causal, key_padding_mask), distance)
 
     def pool(
         self,
@@ -256,8 +227,8 @@ class ImportanceScorer(nn.Module):
         is_causal: bool,
         key_padding_mask: Tensor | None = None,
         packed: Documents | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """What the scorer reads: `[B, H, QB, P, D]` and `[B, G, KB, P, D]`.
+    ) -> Pooled:
+        """What the scorer reads; its perceptrons compute in the dtype of the queries.
 
         Arguments as for `forward`; `packed` says which tokens to pool of packed documents.
         """
@@ -265,22 +236,22 @@ class ImportanceScorer(nn.Module):
         real_q, real_k = (None, None) if packed is None else (packed.query_tokens, packed.key_tokens)
         if key_padding_mask is not None:
             real_k = key_padding_mask if real_k is None else real_k & key_padding_mask
-        wide = torch.promote_types(q.dtype, torch.float32)
-        queries = pool_queries(q, self.query_block_size, is_causal, min(self._parts, 2), real_q).to(wide)
-        keys = pool_blocks(k, block_size, real_k, self._parts).to(wide)
+        queries = pool_queries(q, self.query_block_size, is_causal, min(self._parts, 2), real_q)
+        keys = pool_real_blocks(k, block_size, real_k, self._parts)
         if self.share_across_heads:
             queries, keys = queries.mean(1, keepdim=True), keys.mean(1, keepdim=True)
-        return queries, keys
+        return Pooled(queries, keys, q.dtype)
 
-    def score(self, queries: Tensor, keys: Tensor, distance: Tensor) -> Tensor:
+    def score(self, pooled: Pooled, distance: Tensor) -> Tensor:
         """Scores of what `pool` gives; `forward` is the two in a row."""
-        with torch.autocast(queries.device.type, enabled=False):
-            left, right = self._factors(queries, keys)
+        with torch.autocast(distance.device.type, enabled=False):
+            left, right = self._factors(pooled)
             groups = left.shape[1] // right.shape[1]
             scores = left @ (right if groups == 1 else right.repeat_interleave(groups, dim=1)).transpose(-1, -2)
-            return scores + self.slope.to(scores.dtype)[:, None, None] * distance.to(scores.dtype)
+            return torch.addcmul(scores, self.slope.to(scores.dtype)[:, None, None], distance.to(scores.dtype))
 
-    def _factors(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _factors(self, pooled: Pooled) -> tuple[Tensor, Tensor]:
+        queries, keys, dtype = pooled
         scale = queries.shape[-1] ** -0.5 if self.scale is None else self.scale
         mean, gain = queries[..., 0, :], self.gain.to(queries.dtype)[:, None, None] * scale
         left, right = [], []
@@ -290,16 +261,16 @@ class ImportanceScorer(nn.Module):
         if self.extremes:
             left += [mean.relu() * gain[..., 1], -(-mean).relu() * gain[..., 1]]
             right += [keys[..., 1, :], keys[..., 2, :]]
-        left.append(self._perceptron("q", queries.flatten(-2)))
-        right.append(self._perceptron("k", keys.flatten(-2)))
+        left.append(self._perceptron("q", queries.flatten(-2), dtype))
+        right.append(self._perceptron("k", keys.flatten(-2), dtype))
         return torch.cat(left, dim=-1), torch.cat(right, dim=-1)
 
-    def _perceptron(self, side: str, x: Tensor) -> Tensor:
-        x = F.layer_norm(x, x.shape[-1:])
+    def _perceptron(self, side: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        wide, x = x.dtype, F.layer_norm(x.to(dtype), x.shape[-1:])
         for i in range(self.num_layers):
             x = x if i == 0 else F.gelu(x)
-            x = x @ getattr(self, f"{side}_weight_{i}").to(x.dtype) + getattr(self, f"{side}_bias_{i}").to(x.dtype)
-        return x
+            x = x @ getattr(self, f"{side}_weight_{i}").to(dtype) + getattr(self, f"{side}_bias_{i}").to(dtype)
+        return x.to(wide)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self._made_for is None:  # as a lazy module of torch: what has no values yet cannot be detached

@@ -23,6 +23,7 @@ from ._gate_documents import read_documents
 from ._gate_losses import distillation_loss
 from ._gate_noise import draw_rows
 from ._gate_room import Room
+from ._gate_scorer import Pooled
 from ._gate_select import logits_of
 from ._ring_mass import mass_over_ring
 from ._ring_operands import Operands
@@ -95,7 +96,7 @@ def pick_over_ring(
     room = _rows_of(whole, own)
     queries = of_all_heads(gate, pool_own_queries(gate, session, q, q_blocks, is_causal, real_q), share_heads)
     keys = of_all_heads(gate, pool_keys(gate, session, k, k_blocks, real_k), share_heads)
-    pooled, rows_in_all = (queries, keys), whole.readable.shape[-2]
+    pooled, rows_in_all = Pooled(queries, keys, q.dtype), whole.readable.shape[-2]
     if seed is not None and gate.sparse_config.distill_rows and torch.is_grad_enabled():
         rows = draw_rows(seed, rows_in_all, gate.sparse_config.distill_rows, q.device)
         mass = mass_over_ring(gate, session, (q, k), x.key_padding, (q_blocks, k_blocks), rows, is_causal, labels)
@@ -141,11 +142,11 @@ def _gathered_heads(x: Tensor, share_heads: RingSession | None) -> Tensor:
 
 
 def _nothing_to_pick(
-    gate: BlockSparseAdaptive, pooled: tuple[Tensor, Tensor], room: Room, is_training: bool
+    gate: BlockSparseAdaptive, pooled: Pooled, room: Room, is_training: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of a rank without queries, connected to all that has a gradient, so that every rank's graph is the same."""
     scorer = gate.scorer
-    logits = logits_of(scorer.score(*pooled, room.distance), room, gate.temperature, scorer.threshold)
+    logits = logits_of(scorer.score(pooled, room.distance), room, gate.temperature, scorer.threshold)
     logits = logits[..., : min(room.slots, logits.shape[-1])]
     if scorer.threshold is not None and is_training:
         gate.gate_losses["sparsity"] = logits.sum()
@@ -156,7 +157,7 @@ def _nothing_to_pick(
 
 def _distilled(
     gate: BlockSparseAdaptive,
-    pooled: tuple[Tensor, Tensor],
+    pooled: Pooled,
     room: Room,
     own: Tensor,
     rows: Tensor,
@@ -166,7 +167,7 @@ def _distilled(
     here = rows[:, None] == own
     mine, at = here.any(1), here.int().argmax(1) if len(own) else rows.new_zeros(len(rows))
     at = at[mine]
-    scores = gate.scorer.score(pooled[0][:, :, at], pooled[1], room.distance[at])
+    scores = gate.scorer.score(pooled._replace(queries=pooled.queries[:, :, at]), room.distance[at])
     if not len(at):
         return scores.sum()
     return distillation_loss(scores, mass[:, :, mine], room.readable[..., at, :]) * (len(at) / len(rows))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bs_comm import Placement
 
-from ._gate_scorer import pool_blocks
+from ._gate_scorer import pool_real_blocks
 from ._ring_gather import Exchange, Gather
 from ._ring_session import RingSession
 from .adaptive import BlockSparseAdaptive
@@ -70,10 +70,10 @@ def pool_keys(
     """``[B, G, KB, P, D]``: every rank's pooled keys; ``real`` are the own ones to pool."""
     parts = gate.scorer._parts
     if k.shape[1]:
-        pooled = pool_blocks(k, blocks.size, real, parts)
+        pooled = pool_real_blocks(k, blocks.size, real, parts)
     else:
-        pooled = k.transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, parts, -1)
-    everyone = Gather.apply(_wide(pooled).permute(2, 0, 1, 3, 4), session.roll_call, blocks.counts)
+        pooled = _wide(k.transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, parts, -1))
+    everyone = Gather.apply(pooled.permute(2, 0, 1, 3, 4), session.roll_call, blocks.counts)
     return blocks.in_order(everyone).permute(1, 2, 0, 3, 4)  # pyright: ignore[reportArgumentType]
 
 
@@ -84,10 +84,10 @@ def pool_own_queries(
     size, parts = blocks.size, min(gate.scorer._parts, 2)
     if size == 1:
         return _wide(q.transpose(1, 2)[:, :, :, None])
-    nothing = q[:, :0].transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, parts, -1)
+    nothing = _wide(q[:, :0].transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, parts, -1))
     if not is_causal:
         own = None if real is None else real[:, blocks.positions(q.device)]
-        return _wide(pool_blocks(q, size, own, parts) if q.shape[1] else nothing)
+        return pool_real_blocks(q, size, own, parts) if q.shape[1] else nothing
     # A row's summary ends with its first query, so all but that one are the tail of the block before, which another
     # rank may have.
     last = -(-blocks.tokens // size) - 1
@@ -104,7 +104,7 @@ def pool_own_queries(
     order = np.argsort(joined)
     firsts = q[:, ::size]
     starts = len(blocks.own) > 0 and blocks.own[0] == 0  # nothing comes before the first row's query
-    made = [firsts[:, :1].transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, parts, -1)] if starts else []
+    made = [_wide(firsts[:, :1].transpose(1, 2)[:, :, :, None].expand(-1, -1, -1, parts, -1))] if starts else []
     if len(order):
         windows = torch.cat(
             (tails[torch.from_numpy(order).to(q.device)].transpose(0, 1), firsts[:, int(starts) :, None]), 2
@@ -112,10 +112,10 @@ def pool_own_queries(
         if real is not None:
             at = joined[order][:, None] * size + np.arange(1 - size, 1)
             real = real[:, torch.from_numpy(at.ravel()).to(q.device)]
-        made.append(pool_blocks(windows, size, real, parts))
+        made.append(pool_real_blocks(windows, size, real, parts))
     else:  # all the same part of the graph, since its backward is for all ranks
         made.append(nothing + tails.sum())
-    return _wide(torch.cat(made, 2))
+    return torch.cat(made, 2)
 
 
 def _wide(x: Tensor) -> Tensor:

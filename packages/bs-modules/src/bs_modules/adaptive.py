@@ -25,7 +25,7 @@ from ._gate_documents import Documents, read_documents
 from ._gate_losses import block_mass, distillation_loss
 from ._gate_noise import draw_rows, draw_seed
 from ._gate_room import Room, make_room
-from ._gate_scorer import ImportanceScorer
+from ._gate_scorer import ImportanceScorer, Pooled
 from ._gate_select import Selection, logits_of, noisy, select_blocks
 from ._layouts import check_lengths
 from ._operand_checks import check_operands, check_tokens
@@ -185,7 +185,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
         pooled = self.scorer.pool(q, k, config.block_size, is_causal, key_padding_mask, packed)
         seed = draw_seed(q.device) if self.training else None
         if seed is not None and config.distill_rows and torch.is_grad_enabled():
-            rows = draw_rows(seed, pooled[0].shape[2], config.distill_rows, q.device)
+            rows = draw_rows(seed, pooled.queries.shape[2], config.distill_rows, q.device)
             self.gate_losses["distillation"] = self._distill(
                 q, k, pooled, room, rows, is_causal, key_padding_mask, packed
             )
@@ -203,7 +203,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
 
     def _choose(
         self,
-        pooled: tuple[Tensor, Tensor],
+        pooled: Pooled,
         room: Room,
         lengths: tuple[int, int],
         is_causal: bool,
@@ -217,7 +217,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
         The noise of a seed belongs to the position of a pair of blocks, so rows may be chosen apart.
         """
         learn = self.scorer.threshold is not None
-        logits = logits_of(self.scorer.score(*pooled, room.distance), room, self.temperature, self.scorer.threshold)
+        logits = logits_of(self.scorer.score(pooled, room.distance), room, self.temperature, self.scorer.threshold)
         return select_blocks(
             logits if seed is None else noisy(logits, learn, seed, rows, of),
             room,
@@ -233,7 +233,7 @@ class BlockSparseAdaptive(BlockSparseAttention):
         self,
         q: Tensor,
         k: Tensor,
-        pooled: tuple[Tensor, Tensor],
+        pooled: Pooled,
         room: Room,
         rows: Tensor,
         is_causal: bool,
@@ -241,12 +241,13 @@ class BlockSparseAdaptive(BlockSparseAttention):
         packed: Documents | None,
     ) -> Tensor:
         """The distillation loss of some query blocks. It teaches the scorer, and queries and keys to be found by it."""
-        config, (queries, keys) = self.sparse_config, pooled
+        config = self.sparse_config
         with torch.no_grad():
             scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
             labels = None if packed is None else packed.labels
             mass = block_mass(q, k, rows, config.blocks, is_causal, scale, key_padding_mask, labels)
-        scores = self.scorer.score(queries[:, :, rows], keys, room.distance[rows])
+        picked = pooled._replace(queries=pooled.queries[:, :, rows])
+        scores = self.scorer.score(picked, room.distance[rows])
         return distillation_loss(scores, mass, room.readable[..., rows, :])
 
     def _layout_and_bias(

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 7
+ABI_VERSION = 8
 #: Instruction sets by their number in csrc/call.h, slowest first.
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated")
 #: For tests: runs anywhere, slowly, and only when ``BS_KERNELS_ISA`` names it.
@@ -125,8 +125,9 @@ class NativeCore:
         for function in self._run.values():
             function.argtypes = (ctypes.POINTER(CoreCall), ctypes.POINTER(ctypes.c_int64))
             function.restype = ctypes.c_int
-        self._delta = library.bsa_delta
-        self._delta.argtypes, self._delta.restype = (ctypes.POINTER(CoreCall),), ctypes.c_int
+        self._at_once = {name: getattr(library, f"bsa_{name}") for name in ("delta", "pool")}
+        for function in self._at_once.values():
+            function.argtypes, function.restype = (ctypes.POINTER(CoreCall),), ctypes.c_int
 
     def refusal(self, name: str) -> str | None:
         """Why an instruction set cannot run here; None if it can. The first question may take a self-test."""
@@ -183,13 +184,13 @@ class NativeCore:
             call.workspace, call.workspace_bytes = workspace.data_ptr(), workspace.numel()
             self._check(name, self._run[name](call, None))
 
-    def run_delta(self, call: CoreCall) -> None:
-        """Run ``bsa_delta``.
+    def run_at_once(self, name: str, call: CoreCall) -> None:
+        """Run ``bsa_<name>``, which takes no workspace.
 
         Raises:
             RuntimeError: the core refused the call, which is a bug in the binding.
         """
-        self._check("delta", self._delta(call))
+        self._check(name, self._at_once[name](call))
 
     @staticmethod
     def _check(name: str, status: int) -> None:

@@ -5,6 +5,8 @@ Shape legend: B batch, Hq query heads, Hkv key/value heads, Sq, Sk tokens, D hea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from . import _native_lib
 from ._native_lib import ISA_NAMES, PLAN_LISTS, CoreCall, CoreTensor
 from .base import Call, Gradients, Needs, Problem
 
-__all__ = ["NativeBackend", "native_delta"]
+__all__ = ["NativeBackend", "native_delta", "native_pool"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -114,28 +116,57 @@ def native_delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) ->
         return None
     core, keep = _native_lib.load(), []
     delta = torch.empty(lse.shape, dtype=torch.float32)
-    args = CoreCall(
-        abi_version=_native_lib.ABI_VERSION,
-        isa=ISA_NAMES.index(core.isa),
-        num_threads=torch.get_num_threads() if core.threaded else 1,
+    args = _bare(
+        core,
         dtype=_DTYPES[dout.dtype],
         result_dtype=_DTYPES[out.dtype],
         batch=batch,
         q_heads=q_heads,
-        kv_heads=1,
         q_len=q_len,
-        dim=1,
         v_dim=v_dim,
-        layouts=1,
-        layout_heads=1,
         dout=_tensor(dout, keep),
         out=_tensor(out, keep),
         lse=_keep(lse, keep),
         dlse=None if dlse is None else _keep(dlse, keep),
         delta=delta.data_ptr(),
     )
-    core.run_delta(args)
+    core.run_at_once("delta", args)
     return delta
+
+
+def native_pool(x: Tensor, block_size: int, parts: int) -> Tensor | None:
+    """`pool_blocks` in one pass over a plain tensor.
+
+    Args:
+        x, block_size, parts: those of `pool_blocks`.
+
+    Returns:
+        [B, H, N, P, D] in float32, outside autograd; None where the core cannot compute it: other devices and dtypes,
+        or no core.
+    """
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or not x.numel() or _native_lib.missing_reason():
+        return None
+    core, keep = _native_lib.load(), []
+    batch, tokens, heads, dim = x.shape
+    bounds = torch.arange(0, tokens + block_size, block_size, dtype=torch.int32).clamp_(max=tokens)
+    blocks = len(bounds) - 1
+    made = torch.empty((batch, heads, blocks, parts, dim), dtype=torch.float32)
+    args = _bare(
+        core,
+        dtype=_DTYPES[x.dtype],
+        batch=batch,
+        kv_heads=heads,
+        q_heads=heads,
+        kv_len=tokens,
+        dim=dim,
+        v_dim=parts * dim,
+        kv_blocks=blocks,
+        kv_bounds=_keep(bounds, keep),
+        k=_tensor(x, keep),
+        out=_tensor(made.flatten(3).transpose(1, 2), keep),
+    )
+    core.run_at_once("pool", args)
+    return made
 
 
 def _keep(tensor: Tensor, keep: list[Tensor]) -> int:
@@ -157,6 +188,17 @@ def _tensor(tensor: Tensor, keep: list[Tensor]) -> CoreTensor:
 def _broadcast_strides(tensor: Tensor) -> list[int]:
     """Strides with 0 where a dimension broadcasts."""
     return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+
+
+def _bare(core: _native_lib.NativeCore, **given: Any) -> CoreCall:
+    """The arguments of a call without a plan; those not given are 1 where the core asks for a positive number."""
+    needed = {"kv_heads": 1, "dim": 1, "layouts": 1, "layout_heads": 1}
+    return CoreCall(
+        abi_version=_native_lib.ABI_VERSION,
+        isa=ISA_NAMES.index(core.isa),
+        num_threads=torch.get_num_threads() if core.threaded else 1,
+        **needed | given,
+    )
 
 
 def _arguments(call: Call, result_dtype: torch.dtype) -> tuple[_native_lib.NativeCore, CoreCall, list[Tensor]]:
