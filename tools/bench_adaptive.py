@@ -96,7 +96,7 @@ def attention_of(kind: str, density: float, args: argparse.Namespace) -> nn.Modu
     if kind.startswith("adaptive"):
         config = {
             "base_sparsity": 1 - density,
-            "row_budget": "share",  # what is asked for late lies anywhere before
+            "row_budget": args.row_budget,
             "block_size": args.block,
             "query_block_size": args.query_block,
             "hidden_dim": 32,
@@ -227,13 +227,15 @@ def quality(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def overhead(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Processor time of a forward over the same density with a fixed pattern, interleaved in one process."""
+    """Time of a forward over that of the same density with a fixed pattern, interleaved in one process."""
     generator = torch.Generator().manual_seed(0)
     full = [torch.randn(1, 8192, 8, 64, generator=generator) for _ in range(3)]
+    dtypes, poolings = (torch.float32, torch.bfloat16), ("mean_max", "mean")
     cases: list[tuple[Any, ...]] = [
-        *itertools.product((torch.float32, torch.bfloat16), args.overhead_densities, ("mean_max", "mean"))
+        *itertools.product(args.overhead_threads, dtypes, args.overhead_densities, poolings)
     ]
-    for dtype, density, pooling in cases:
+    for threads, dtype, density, pooling in cases:
+        torch.set_num_threads(threads)
         q, k, v = (x.to(dtype) for x in full)
         config = {"base_sparsity": 1 - density, "pooling": pooling}
         fixed = BlockSparseRingDilatedAttention(sparse_config={"sparsity_ratio": density}, backend="native")
@@ -248,13 +250,16 @@ def overhead(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "gate": partial(gated.select, q, k, is_causal),
             }
             with torch.no_grad():
-                times = results.take_turns(calls, args.rounds, clock=time.process_time)
+                # Threads that wait burn processor time, so that it tells nothing of more than one.
+                clock = time.process_time if threads == 1 else time.perf_counter
+                times = results.take_turns(calls, args.rounds, clock=clock)
             for module in (fixed, gated):
                 ran = module.explain(q, k, v, is_causal).backend
                 if ran != "native":
                     raise RuntimeError(f"expected the native backend, {ran} would run")
             ratio, *ratio_range = results.ratio(times["adaptive"], times["fixed"])
-            row = {"dtype": str(dtype).removeprefix("torch."), "density": density, "pooling": pooling}
+            row: dict[str, Any] = {"threads": threads, "dtype": str(dtype).removeprefix("torch.")}
+            row |= {"density": density, "pooling": pooling}
             row |= {"causal": is_causal, "met": gated.get_pattern_stats()["density"]}
             row |= {f"{name}_ms": 1e3 * statistics.median(values) for name, values in times.items()}
             row |= {"ratio": ratio, "ratio_range": ratio_range}
@@ -286,7 +291,8 @@ heads; a key is made of the token before its own. Per seed, one model learns the
 {s["length"] // 8} tokens ({s["short_steps"]} steps of {8 * s["batch"]} sequences); from it every contestant trains
 {s["steps"]} steps of {s["batch"]} long sequences with its own attention. The gate: `{s["gate"]}`, key blocks of
 {s["block"]}, query blocks of {s["query_block"]}, temperature {s["temperatures"][0]} to {s["temperatures"][1]},
-distillation from {s["distill_rows"]} queries with weight {s["distillation_weight"]}. Fixed patterns have blocks of
+distillation from {s["distill_rows"]} queries with weight {s["distillation_weight"]}, `row_budget="{s["row_budget"]}"`,
+since what is asked for late lies anywhere before. Fixed patterns have blocks of
 {s["block"]} by {s["block"]}. Accuracy over {8 * s["test"]} held-out sequences, mean over seeds (least to most).
 *Before* is without training over long sequences: for the gate, its ranking by pooled queries and keys alone.
 `adaptive_undistilled` is the gate with the gradient of the task alone."""
@@ -314,24 +320,24 @@ distillation from {s["distill_rows"]} queries with weight {s["distillation_weigh
 def overhead_page(found: dict[str, Any]) -> list[str]:
     """The price of the gate."""
     settings = found["settings"]
-    threads = f"{settings['threads']} thread{'s' * (settings['threads'] != 1)}"
     text = f"""## Overhead
 
-Processor time of one forward without gradients at 8,192 tokens, 8 heads of 64, blocks of 64, `native` backend,
-{threads}: the base module with a fixed pattern, the gate with its own layouts, and the gate with
-`cache=True`, interleaved in one process; medians of {settings["rounds"]}. *Gate* is `select` alone. The ratio
-is the median of adaptive / fixed over the rounds (least to most, where they were recorded); the goal is at most 1.25.
+One forward without gradients at 8,192 tokens, 8 heads of 64, blocks of 64, `native` backend: the base module with a
+fixed pattern, the gate with its own layouts, and the gate with `cache=True`, interleaved in one process; medians of
+{settings["rounds"]}, of processor time on one thread, of wall time on more. *Gate* is `select` alone. The ratio is the
+median of adaptive / fixed over the rounds (least to most); the goal is at most 1.25.
 
 {results.described(found["machine"])}."""
     lines = [
-        "| dtype | density | | pooling | fixed ms | gate ms | adaptive ms | cached ms | adaptive / fixed |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|",
+        "| threads | dtype | density | | pooling | fixed ms | gate ms | adaptive ms | cached ms | adaptive / fixed |",
+        "|---:|---|---:|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in found["rows"]:
         causal = "causal" if row["causal"] else ""
         times = " | ".join(f"{row[f'{name}_ms']:.1f}" for name in ("fixed", "gate", "adaptive", "cached"))
-        ratio = results.shown_ratio([row["ratio"], *row.get("ratio_range", [row["ratio"]] * 2)])
-        lines.append(f"| {row['dtype']} | {row['density']:g} | {causal} | `{row['pooling']}` | {times} | {ratio} |")
+        ratio = results.shown_ratio([row["ratio"], *row["ratio_range"]])
+        case = " | ".join([str(row["threads"]), row["dtype"], f"{row['density']:g}", causal, f"`{row['pooling']}`"])
+        lines.append(f"| {case} | {times} | {ratio} |")
     return [text, "\n".join(lines)]
 
 
@@ -339,7 +345,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = results.parser(__doc__, "adaptive.json", ("quality", "overhead"))
     parser.add_argument("--add", action="store_true", help="keep the rows that the file has of a section")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch, in section quality")
     recall = parser.add_argument_group("section quality")
     recall.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.05], metavar="X", help="asked for")
     kinds = [*FIXED, *LEARNED]
@@ -353,6 +359,8 @@ def parse() -> argparse.Namespace:
     recall.add_argument("--steps", type=int, default=250, metavar="N", help="of every contestant")
     recall.add_argument("--rate", type=float, default=1e-3, metavar="X", help="of learning")
     recall.add_argument("--test", type=int, default=4, metavar="N", help="held-out batches of 8 sequences")
+    # What is asked for late lies anywhere before, so late queries need more blocks.
+    recall.add_argument("--row-budget", choices=("even", "share"), default="share", help="of the gate's rows")
     recall.add_argument("--block", type=int, default=16, metavar="N", help="keys per block, queries too if fixed")
     gate = parser.add_argument_group("the gate of section quality")
     gate.add_argument("--query-block", type=int, default=1, metavar="N", help="queries that share their picks")
@@ -367,6 +375,7 @@ def parse() -> argparse.Namespace:
     gate.add_argument("--warm-temperatures", type=float, nargs=2, default=[0.02, 0.01], metavar="X", help="from, to")
     price = parser.add_argument_group("section overhead")
     price.add_argument("--overhead-densities", type=float, nargs="+", default=[0.1, 0.2], metavar="X", help="asked for")
+    price.add_argument("--overhead-threads", type=int, nargs="+", default=[1, 2], metavar="N", help="of torch")
     price.add_argument("--rounds", type=int, default=7, metavar="N", help="of which medians are taken")
     return parser.parse_args()
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ._plan_arrays import stable_argsort
 from ._pytrees import register_fields
@@ -164,8 +163,9 @@ def _on_host(x: Tensor) -> bool:
 def _runs(column: Tensor, cols: int) -> tuple[Tensor, Tensor]:
     """int64 ``[cols]``: where each value of ascending integers begins and ends."""
     if _on_host(column):
-        end = torch.bincount(column, minlength=cols + 1)[:cols].cumsum(0)
-        return F.pad(end[:-1], (1, 0)), end
+        count = torch.zeros(cols + 1, dtype=torch.int64).scatter_add_(0, column, torch.ones_like(column))[:cols]
+        end = count.cumsum(0)
+        return end - count, end
     edges = torch.arange(cols, device=column.device)
     return torch.searchsorted(column, edges), torch.searchsorted(column, edges, right=True)
 
