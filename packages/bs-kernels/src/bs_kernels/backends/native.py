@@ -13,6 +13,7 @@ from torch import Tensor
 from ..philox import dropout_threshold
 from . import _native_lib
 from ._native_lib import ISA_NAMES, PLAN_LISTS, CoreCall, CoreTensor
+from ._results import empty_result
 from .base import Call, Gradients, Needs, Problem
 
 __all__ = ["NativeBackend", "native_delta", "native_pool"]
@@ -48,7 +49,7 @@ class NativeBackend:
     def forward(self, call: Call, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         batch, q_len, q_heads, _ = call.q.shape
-        out = torch.empty((batch, q_len, q_heads, call.v.shape[-1]), dtype=out_dtype)
+        out = empty_result((batch, q_len, q_heads, call.v.shape[-1]), out_dtype)
         lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32)
         if out.numel() or lse.numel():
             core, args, keep = _arguments(call, out_dtype)
@@ -62,9 +63,10 @@ class NativeBackend:
         self, call: Call, dout: Tensor, lse: Tensor, delta: Tensor, needs: Needs, grad_dtype: torch.dtype
     ) -> Gradients:
         """See `Backend.backward`."""
-        dq = torch.empty(call.q.shape, dtype=grad_dtype)
-        make = torch.empty if call.page_table is None else torch.zeros  # not every page has a reader
-        dk, dv = (make(t.shape, dtype=grad_dtype) for t in (call.k, call.v))
+        dq, dk, dv = (empty_result(t.shape, grad_dtype) for t in (call.q, call.k, call.v))
+        if call.page_table is not None:  # not every page has a reader
+            dk.zero_()
+            dv.zero_()
         dbias: Tensor | None = None
         dattn: Tensor | None = None
         if needs.attn_bias and call.attn_bias is not None:
