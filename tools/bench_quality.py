@@ -194,7 +194,8 @@ Fixed and hierarchical patterns have blocks of {block} by {block}. The hierarchy
 near by, and all before in wide strides. The gate picks key blocks of {block} for query blocks of {s["query_block"]}, at
 temperatures from {s["temperatures"][0]:g} to {s["temperatures"][1]:g}, its scorer learning at {s["gate_rate"]:g};
 `adaptive_distilled` adds distillation ({s["distill_rows"]} query blocks a step, weight {s["distillation_weight"]:g});
-`adaptive_window` is that with half of the blocks in a window that is always kept.
+`adaptive_window` is that with half of the blocks in a window that is always kept. All rows keep the same number of
+blocks (`row_budget="even"`).
 The defaults of the gate are the best of a few shorter trials, scored on an eighth of the same held-out text; no setting
 of the others was tuned.
 All in {s["dtype"]} on the `{machine["backend"]}` backend (the tool fails if another would run; dense attention is the
