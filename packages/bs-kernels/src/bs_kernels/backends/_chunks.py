@@ -54,7 +54,7 @@ class Schedule:
     """All chunks of a plan.
 
     Attributes:
-        used: int64[U]; the key blocks that any row reads, ascending.
+        used: int64[U]; the key blocks that any row reads, ascending; all blocks if that is most of them.
         chunks: the chunks, later pieces of long rows after earlier ones.
         workspace: elements of the largest chunk's score tile.
         gathered: key tokens of the largest chunk, over all its units.
@@ -92,6 +92,8 @@ def build_schedule(plan: LayoutPlan, group: int, expansions: int, budget: int) -
     cut = (partial[slots] > 0) | short[indices[slots]]
     slots = slots[stable_argsort(row_of * 2 + cut, 2 * max(len(counts), 1))]
     used, position = np.unique(indices[slots], return_inverse=True)
+    if 2 * used.size >= len(short):  # all of them are packed in one copy, which is faster than most of them
+        used, position = np.arange(len(short)), indices[slots]
     cuts = np.bincount(row_of, weights=cut, minlength=len(counts)).astype(np.int64)
 
     unit = group * block_q * block_kv

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..plan import LayoutPlan
+from ._results import empty_result
 
 __all__ = ["KeyBlocks", "QueryBlocks", "add_rows_", "pack_tokens"]
 
@@ -111,7 +112,7 @@ class QueryBlocks:
     def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """The way back; contiguous."""
         heads = (self.head_units, self.group)
-        out = torch.empty(self.batch, self.tokens, *heads, packed.shape[-1], dtype=dtype, device=packed.device)
+        out = empty_result((self.batch, self.tokens, *heads, packed.shape[-1]), dtype, packed.device)
         if out.numel():
             view = self._views(packed)
             if self.bounds is None:
@@ -197,7 +198,7 @@ class KeyBlocks:
     def unpack(self, packed: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
         """The way back, for gradients: shaped like ``like``, zero where nothing was packed, pages summed."""
         if self.whole:
-            out = torch.empty(like.shape, dtype=dtype, device=packed.device)
+            out = empty_result(like.shape, dtype, packed.device)
             if out.numel():
                 _copy_blocks(self._views(packed), out, self.plan.block_size[1], into_tokens=True)
             return out

@@ -28,11 +28,11 @@ _pool = BufferPool(max_bytes=1 << 30)
 _returned: deque[Lease] = deque()
 
 
-def empty_result(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`torch.empty` on the CPU; the memory of a large tensor is used again when the last tensor that shares it dies."""
+def empty_result(shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
+    """`torch.empty`; on a CPU, a large tensor's memory is used again when the last tensor that shares it dies."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if not _LEAST <= nbytes <= (_pool.max_bytes or 0):
-        return torch.empty(shape, dtype=dtype, device=_CPU)
+    if device.type != "cpu" or not _LEAST <= nbytes <= (_pool.max_bytes or 0):
+        return torch.empty(shape, dtype=dtype, device=device)
     take_back()
     try:
         lease = _pool.lease((nbytes,), torch.uint8, _CPU)
