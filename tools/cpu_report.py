@@ -17,10 +17,10 @@ that every skipped block is time saved. Times are medians over rounds; η is the
 (least to most), each round against its own dense run. “Both” is forward and backward. Load is the machine's load
 average when a section began.
 
-Wide intervals at low density: results of tens of megabytes are fresh memory in every call, for which the native core
-asks for large pages, and on this virtual machine the first touch of such memory is now and then slow. Timed by hand
-(float32, D = 128, 8,192 tokens, 5 %), most calls took 101 to 119 ms and two of fourteen 202 and 219 ms; without large
-pages all took 137 to 153 ms.
+Results of tens of megabytes take the memory of earlier results (at most 1 GiB), and ask for large pages. Fresh memory
+would cost as much as the attention itself at low density, above all on a virtual machine that hands free pages back to
+its host meanwhile. Timed by hand with four seconds between calls (float32, D = 128, 8,192 tokens, 5 %, blocks of 128),
+nine forward and backward passes took 200 to 286 ms with fresh memory, 126 to 152 ms with that of earlier results.
 """
 
 
