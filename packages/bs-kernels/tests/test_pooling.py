@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -113,6 +114,14 @@ def test_it_compiles_and_maps():
     mapped = torch.func.vmap(lambda y: pool_blocks(y[None], 8)[0])(x)
     torch.testing.assert_close(mapped, want)
     assert pool_blocks(x.to("meta"), 8).shape == want.shape
+
+
+@pytest.mark.parametrize("block", [70, 71, 2**31 - 1, 2**31, 2**40, np.int64(75)])
+@pytest.mark.parametrize("watched", [False, True])
+def test_one_block_however_long(block, watched):
+    x = make(5, (1, 70, 2, 8), torch.float32)
+    got = pool_blocks(x.clone().requires_grad_(watched), block).detach()
+    check(got, x, 70, 3, 2.0**-16)
 
 
 def test_nothing_to_pool():

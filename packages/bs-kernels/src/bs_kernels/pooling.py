@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -37,13 +39,14 @@ def pool_blocks(x: Tensor, block_size: int, parts: int = 3) -> Tensor:
     if x.ndim != 4:
         raise ValueError(f"x: expected [B, S, H, D], got {x.ndim} dimensions")
     for name, value, most in (("block_size", block_size, None), ("parts", parts, 3)):
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{name}: expected an integer, got {value!r}")
         if value < 1 or (most is not None and value > most):
             raise ValueError(f"{name}: expected {'at least 1' if most is None else f'1 to {most}'}, got {value}")
     wide = torch.promote_types(x.dtype, torch.float32)
     if not x.numel():
         return x.new_zeros((x.shape[0], x.shape[2], -(-x.shape[1] // block_size), parts, x.shape[3]), dtype=wide)
+    block_size, parts = min(int(block_size), x.shape[1]), int(parts)
     if is_plain([x]) and (made := native_pool(x, block_size, parts)) is not None:
         return made
     whole = x.shape[1] - x.shape[1] % block_size

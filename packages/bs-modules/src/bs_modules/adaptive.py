@@ -52,8 +52,8 @@ class BlockSparseAdaptive(BlockSparseAttention):
     With `is_causal` nothing is read ahead: what a query block picks depends on tokens up to its first position only.
     Its summary is that of the queries that end there; key blocks that end before the block of that position can be
     picked; later ones that the query block reaches (the diagonal) are always kept, and those of the config's
-    `window_size`. So outputs up to a position do not
-    change by a bit when later tokens do. `query_block_size=1` picks for every query by itself.
+    `window_size`. So outputs up to a position do not change by a bit when later tokens do. `query_block_size=1` picks
+    for every query by itself.
 
     Args:
         segment_lengths: LongNet segment lengths in tokens. Together with `dilation_rates` they restrict what the gate

@@ -24,7 +24,8 @@ _CPU = torch.device("cpu")
 
 #: At most this much is in results or waits for the next; beyond it torch allocates. Idle memory goes under pressure.
 _pool = BufferPool(max_bytes=1 << 30)
-#: Leases whose tensors are gone. A destructor may run anywhere, also inside the pool, so it does no more than append.
+#: Leases whose tensors are gone; they count as held until the next large result takes them back. A destructor may run
+#: anywhere, also inside the pool, so it does no more than append.
 _returned: deque[Lease] = deque()
 
 
