@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 8
+#define BSA_ABI_VERSION 9
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
 enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
@@ -72,6 +72,33 @@ typedef struct {
   int64_t workspace_bytes;
 } bsa_call;
 
+// Rows of scores and what was picked from them: row-major arrays.
+typedef struct {
+  int32_t abi_version, isa, num_threads, reserved;
+  int64_t rows, columns, slots;
+  const float* scores;    // [rows, columns]
+  const int64_t* counts;  // [rows]; how many to take, at most `slots` and `columns`
+  int64_t* picked;        // [rows, slots]; columns of the largest scores, ascending, the last column in the rest
+  int32_t* scratch;       // [num_threads, columns]
+} bsa_best;
+
+// Key blocks picked for every query block, and the lists of a plan that come of them: see bs_kernels.LayoutPlan.
+typedef struct {
+  int32_t abi_version, num_threads;
+  int64_t heads;                            // of all layouts together
+  int64_t q_blocks, kv_blocks, slots;
+  const int64_t *picked, *counts;           // [heads, q_blocks, slots], [heads, q_blocks]
+  const int32_t *q_bounds, *kv_bounds, *q_start, *kv_start;
+  int64_t band_lo, band_hi;
+  int32_t *row_begin, *row_end;             // [heads, q_blocks]
+  int32_t *indices, *entries, *t_rows, *t_slots;  // [heads * q_blocks * slots], fewer than 2^31
+  int32_t *col_begin, *col_end;             // [heads, kv_blocks]
+  int32_t *row_order, *col_order;
+  uint8_t* partial;                         // as indices
+  int32_t* scratch;                         // [max(heads, slots + 1, q_blocks + 1)]
+  int32_t* unclear;                         // set to 1 where a count or block is out of range or a row does not rise, else to 0
+} bsa_lists;
+
 #define BSA_EXPORT __attribute__((visibility("default")))
 
 BSA_EXPORT int bsa_abi_version(void);
@@ -88,6 +115,8 @@ BSA_EXPORT int bsa_delta(const bsa_call* call);
 // Reads batch, kv_heads, kv_len, dim, kv_blocks, kv_bounds and k in dtype. Writes the mean of every key block to out
 // [batch, kv_blocks, kv_heads, v_dim] in f32, v_dim = dim; then the maximum with 2 dim, then the minimum with 3 dim.
 BSA_EXPORT int bsa_pool(const bsa_call* call);
+BSA_EXPORT int bsa_best_blocks(const bsa_best* call);
+BSA_EXPORT int bsa_batched_lists(const bsa_lists* call);
 
 #ifdef __cplusplus
 }

@@ -3,6 +3,7 @@
 #include "call.h"
 #include "engine.h"
 #include "huge_pages.h"
+#include "lists.h"
 #include "self_test.h"
 
 // The build defines BSA_WITH_<NAME> for every instruction set that it compiled.
@@ -156,5 +157,15 @@ int bsa_pool(const bsa_call* call) {
   const bsa_engine* e = nullptr;
   const int status = resolve(call, &e);
   return status ? status : e->pool(call);
+}
+
+int bsa_best_blocks(const bsa_best* c) {
+  if (!c || c->abi_version != BSA_ABI_VERSION || c->num_threads < 1 || c->columns < 1) return BSA_BAD_ARGUMENT;
+  return refused(c->isa) ? BSA_NO_ISA : engine(c->isa)->best(c);
+}
+
+int bsa_batched_lists(const bsa_lists* c) {
+  if (!c || c->abi_version != BSA_ABI_VERSION || c->num_threads < 1) return BSA_BAD_ARGUMENT;
+  return Lists(*c).run();
 }
 }

@@ -8,6 +8,7 @@ struct bsa_engine {
   int (*backward)(const bsa_call*, int64_t* need);
   int (*delta)(const bsa_call*);
   int (*pool)(const bsa_call*);
+  int (*best)(const bsa_best*);
 };
 
 extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512, bsa_engine_avx512_bf16, bsa_engine_amx_bf16,
@@ -18,4 +19,5 @@ extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512,
   static int run_backward(const bsa_call* c, int64_t* need) { return Backward<V>(*c).run(need); }  \
   static int run_delta(const bsa_call* c) { return Delta<V>(*c).run(); }          \
   static int run_pool(const bsa_call* c) { return Pool<V>(*c).run(); }            \
-  const bsa_engine NAME = {run_forward, run_backward, run_delta, run_pool};
+  static int run_best(const bsa_best* c) { return Best<V>(*c).run(); }            \
+  const bsa_engine NAME = {run_forward, run_backward, run_delta, run_pool, run_best};

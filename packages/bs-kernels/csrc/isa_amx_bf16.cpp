@@ -4,6 +4,7 @@
 #include "delta.h"
 #include "engine.h"
 #include "forward.h"
+#include "picks.h"
 #include "pool.h"
 
 // Tiles are for bf16 inputs alone; the dispatcher sends other types to the AVX-512 engine.

@@ -4,6 +4,7 @@
 #include "delta.h"
 #include "engine.h"
 #include "forward.h"
+#include "picks.h"
 #include "pool.h"
 
 // The AMX engine on any machine; the dispatcher sends other types than bf16 to the portable engine.

@@ -4,6 +4,7 @@
 #include "delta.h"
 #include "engine.h"
 #include "forward.h"
+#include "picks.h"
 #include "pool.h"
 
 BSA_DEFINE_ENGINE(bsa_engine_portable, Portable)

@@ -1,12 +1,10 @@
-// What forward and backward share: workspace, key operands, the tasks and the thread team.
+// What forward and backward share: workspace, key operands and the tasks.
 #pragma once
 #include <initializer_list>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include "pack.h"
 #include "softmax.h"
+#include "team.h"
 
 namespace {
 
@@ -33,18 +31,6 @@ class Arena {
  private:
   char* data_ = nullptr;
   long size_ = 0, used_ = 0;
-};
-
-// Denormals cost hundreds of cycles on some machines and probabilities are full of them: flush results while we run.
-class FlushDenormals {
-#if defined(__SSE2__)
- public:
-  FlushDenormals() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8000); }
-  ~FlushDenormals() { __builtin_ia32_ldmxcsr(saved_); }
-
- private:
-  unsigned saved_;
-#endif
 };
 
 struct Layout {
@@ -293,35 +279,6 @@ BSA_INLINE bool clip(const bsa_call& c, const KeyBlocks& info, const Queries<V>&
     mask.queries = q.count;
   }
   return true;
-}
-
-template <class F>
-void run_team(int threads, const F& body) {
-#if defined(_OPENMP)
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    {
-      FlushDenormals guard;
-      body(omp_get_thread_num());
-    }
-    return;
-  }
-#endif
-  (void)threads;
-  FlushDenormals guard;
-  body(0);
-}
-
-// A counter that hands out work; the barrier-free dynamic schedule of this core.
-struct Counter {
-  long next = 0;
-  long take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-};
-
-inline void barrier() {
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
 }
 
 }  // namespace

@@ -29,13 +29,13 @@ def make(seed, shape, dtype, form="contiguous"):
     return x[:, 1:, :, 1::1][..., :dim].contiguous() if form == "contiguous" else x[:, 1:, :, :dim]
 
 
-def check(got, x, block, parts, roundings):
+def check(got, x, block, parts, roundings, first=None):
     """The extremes are exact; the mean is off by `roundings` of the sum of absolute values, at most."""
-    want = dense_pool(x, block)[..., :parts, :]
+    want = dense_pool(x, block, first)[..., :parts, :]
     assert got.dtype == torch.promote_types(x.dtype, torch.float32)
     assert got.shape == want.shape
     assert torch.equal(got[..., 1:, :].double(), want[..., 1:, :])
-    size = dense_pool(x.double().abs(), block)[..., 0, :]
+    size = dense_pool(x.double().abs(), block, first)[..., 0, :]
     assert ((got[..., 0, :] - want[..., 0, :]).abs() <= roundings * size).all()
 
 
@@ -45,18 +45,18 @@ forms = st.sampled_from(["contiguous", "strided", "heads first"])
 @needs_native
 @given(st.integers(0, 2**31), shapes, st.sampled_from(DTYPES), st.integers(1, 80), st.integers(1, 3), forms)
 def test_native_pooling_is_the_definition(seed, shape, dtype, block, parts, form):
-    x = make(seed, shape, dtype, form)
-    got = native_pool(x, block, parts)
+    x, first = make(seed, shape, dtype, form), 1 + seed % block
+    got = native_pool(x, block, parts, first)
     assert got is not None
-    assert torch.equal(pool_blocks(x, block, parts), got)
-    check(got, x, block, parts, (block + 1) * 2.0**-24)
+    assert torch.equal(pool_blocks(x, block, parts, first=first), got)
+    check(got, x, block, parts, (block + 1) * 2.0**-24, first)
 
 
 @given(st.integers(0, 2**31), shapes, st.sampled_from((*DTYPES, torch.float64)), st.integers(1, 80), st.integers(1, 3))
 def test_watched_pooling_is_the_definition(seed, shape, dtype, block, parts):
-    x = make(seed, shape, dtype, "strided")
-    got = pool_blocks(x.clone().requires_grad_(), block, parts).detach()
-    check(got, x, block, parts, (block + 3) * torch.finfo(dtype).eps)
+    x, first = make(seed, shape, dtype, "strided"), 1 + seed % block
+    got = pool_blocks(x.clone().requires_grad_(), block, parts, first=first).detach()
+    check(got, x, block, parts, (block + 3) * torch.finfo(dtype).eps, first)
 
 
 @needs_native
@@ -67,7 +67,7 @@ def test_every_instruction_set(name, dtype, dim, monkeypatch):
     monkeypatch.setenv("BS_KERNELS_ISA", name)
     x = make(0, (2, 45, 3, dim), dtype)
     for parts in (1, 2, 3):
-        check(native_pool(x, 16, parts), x, 16, parts, 17 * 2.0**-24)
+        check(native_pool(x, 16, parts, 16), x, 16, parts, 17 * 2.0**-24)
 
 
 @needs_native
@@ -78,7 +78,7 @@ def test_threads_change_no_bit():
         found = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(native_pool(x, 64, 3))
+            found.append(native_pool(x, 64, 3, 64))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
@@ -127,6 +127,7 @@ def test_one_block_however_long(block, watched):
 def test_nothing_to_pool():
     assert pool_blocks(torch.empty(2, 0, 3, 4), 8).shape == (2, 3, 0, 3, 4)
     assert pool_blocks(torch.empty(0, 9, 3, 4), 8, 1).shape == (0, 3, 2, 1, 4)
+    assert pool_blocks(torch.empty(0, 10, 3, 4), 8, 1, first=1).shape == (0, 3, 3, 1, 4)
 
 
 @needs_native
@@ -153,3 +154,9 @@ X = torch.zeros(1, 8, 2, 4)
 def test_bad_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         pool_blocks(*arguments)
+
+
+@pytest.mark.parametrize(("first", "error"), [(0, ValueError), (5, ValueError), (2.0, TypeError)])
+def test_bad_first_blocks(first, error):
+    with pytest.raises(error, match=f"first: expected .*, got {first}"):
+        pool_blocks(X, 4, first=first)

@@ -6,6 +6,7 @@ from .dilated import DilatedPlan, dilated_attention
 from .dispatch import BackendReport, BackendTable
 from .merge import merge_attention
 from .partial import PartialGradients, attention_delta, partial_backward, partial_forward, sinks_gradient
+from .picking import best_blocks
 from .plan import LayoutPlan
 from .pooling import pool_blocks
 from .token_mask import TokenMask
@@ -22,6 +23,7 @@ __all__ = [
     "TokenMask",
     "__version__",
     "attention_delta",
+    "best_blocks",
     "block_sparse_attention",
     "dilated_attention",
     "explain_backends",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
+from ._plain import is_plain
 from .backends.native import native_delta
 
 __all__ = ["attention_delta", "join_sinks", "sinks_gradient"]
@@ -34,16 +34,6 @@ def attention_delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None 
     if dlse is not None:
         delta = delta - dlse.to(lse.dtype)
     return delta.masked_fill(lse == _NEG_INF, 0)
-
-
-def is_plain(tensors: list[Tensor]) -> bool:
-    """Whether nothing watches these tensors: no autograd, tracing, function transform or dispatch mode."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
-    wrapped = any(is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x) for x in tensors)
-    return not wrapped and all(type(x) is Tensor for x in tensors)
 
 
 def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

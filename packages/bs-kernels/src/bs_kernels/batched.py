@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._plan_arrays import stable_argsort
+from ._plain import is_plain
 from ._pytrees import register_fields
+from .backends._native_picks import native_lists
 from .token_mask import TokenMask
 
 __all__ = ["BatchedLayout", "batched_lists"]
@@ -98,20 +99,32 @@ class BatchedLayout:
 register_fields(BatchedLayout, ("indices", "counts"), ("block_size", "seq_len", "causal"))
 
 
-def batched_lists(
-    layout: BatchedLayout, token_mask: TokenMask, q_first: Tensor, q_last: Tensor, kv_first: Tensor, kv_last: Tensor
-) -> dict[str, Tensor]:
-    """Build the lists of a plan (see `LayoutPlan`) with tensor operations of static shape only.
+def batched_lists(layout: BatchedLayout, token_mask: TokenMask, geometry: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Build the lists of a plan (see `LayoutPlan`): on a CPU in the native core, else with tensor operations.
 
-    Used slots of a row come first, ascending; blocks that the positional mask drops whole, or that are out of range,
-    are left out. ``N = B · H · QB · K``.
+    Used slots of a row come first, ascending; blocks that the positional mask drops whole are left out, and off the
+    host, where nothing is checked, those that are out of range. ``N = B · H · QB · K``. Shapes are static.
 
     Args:
         layout: the batched layout.
         token_mask: the positional mask.
-        q_first, q_last: int32[QB]; absolute positions of each query block's first and last token.
-        kv_first, kv_last: int32[KB]; likewise for key blocks.
+        geometry: int32 ``q_bounds[QB + 1]``, ``kv_bounds[KB + 1]``, ``q_start[QB]`` and ``kv_start[KB]`` of the plan.
+
+    Raises:
+        ValueError: the layout is on a CPU and not valid; see `BatchedLayout.validate`.
     """
+    if is_plain([layout.indices, layout.counts, *geometry.values()]):
+        made = native_lists(layout.indices, layout.counts, geometry, token_mask.band)
+        if made is not None:
+            lists, is_valid = made
+            if not is_valid:  # as far as it was seen at once
+                layout.validate()
+            return lists
+    if layout.device.type == "cpu" and not torch.compiler.is_compiling():
+        layout.validate()
+    q_first, kv_first = geometry["q_start"], geometry["kv_start"]
+    q_last = q_first + geometry["q_bounds"].diff() - 1
+    kv_last = kv_first + geometry["kv_bounds"].diff() - 1
     batch, heads, q_blocks, kv_blocks = layout.shape
     slots, rows, cols = layout.indices.shape[3], batch * heads * q_blocks, batch * heads * kv_blocks
     device = layout.device
@@ -128,11 +141,10 @@ def batched_lists(
     begin = torch.arange(rows, device=device) * slots
 
     head = torch.arange(batch * heads, device=device).view(batch, heads, 1, 1)
-    column = torch.where(keep, head * kv_blocks + index, cols).flatten()
-    t_slots = _stable_order(column, cols + 1)
-    column = _at(column, t_slots)
+    column, t_slots = torch.where(keep, head * kv_blocks + index, cols).flatten().sort(stable=True)
     row = torch.arange(q_blocks, device=device)[:, None].expand(batch, heads, q_blocks, slots).reshape(-1)
-    col_begin, col_end = _runs(column, cols)
+    edges = torch.arange(cols, device=device)
+    col_begin, col_end = torch.searchsorted(column, edges), torch.searchsorted(column, edges, right=True)
     lists = {
         "row_begin": begin.view(batch, heads, q_blocks),
         "row_end": (begin + counts.flatten()).view(batch, heads, q_blocks),
@@ -142,8 +154,8 @@ def batched_lists(
         "col_end": col_end.view(batch, heads, kv_blocks),
         "t_rows": _at(row, t_slots),
         "t_slots": t_slots,
-        "row_order": _stable_order(slots - counts.flatten(), slots + 1),
-        "col_order": _stable_order(q_blocks - (col_end - col_begin), q_blocks + 1),
+        "row_order": counts.flatten().sort(descending=True, stable=True).indices,
+        "col_order": (col_end - col_begin).sort(descending=True, stable=True).indices,
     }
     return {name: t.to(torch.int32).contiguous() for name, t in lists.items()} | {
         "partial": (partial & keep).to(torch.uint8).flatten()
@@ -153,25 +165,3 @@ def batched_lists(
 def _at(values: Tensor, index: Tensor) -> Tensor:
     """``values[index]`` for one-dimensional values, several times faster on a CPU than indexing."""
     return values.index_select(0, index.flatten()).view(index.shape)
-
-
-def _on_host(x: Tensor) -> bool:
-    """Whether to take what is fastest on a CPU, whose shapes or values a graph could not follow."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _runs(column: Tensor, cols: int) -> tuple[Tensor, Tensor]:
-    """int64 ``[cols]``: where each value of ascending integers begins and ends."""
-    if _on_host(column):
-        count = torch.zeros(cols + 1, dtype=torch.int64).scatter_add_(0, column, torch.ones_like(column))[:cols]
-        end = count.cumsum(0)
-        return end - count, end
-    edges = torch.arange(cols, device=column.device)
-    return torch.searchsorted(column, edges), torch.searchsorted(column, edges, right=True)
-
-
-def _stable_order(keys: Tensor, bound: int) -> Tensor:
-    """int64; stable order of integers in ``[0, bound)``, on a CPU by radix."""
-    if not _on_host(keys):
-        return keys.sort(stable=True).indices
-    return torch.from_numpy(stable_argsort(keys.numpy(), bound))

@@ -317,8 +317,19 @@ def _build(
     )
 
 
+#: Bounds and starts of layouts that differ per batch element, on a CPU: all such layouts of some lengths share them.
+_geometries = DeviceCache(max_bytes=1 << 24, max_entries=64)
+
+
 def _batched_geometry(layout: BatchedLayout, given: tuple[Positions, ...]) -> dict[str, Tensor]:
     """Bounds and starts of the blocks of a batched layout; copied from the host only where given as arrays."""
+    if layout.device.type != "cpu" or torch.compiler.is_compiling():
+        return _make_batched_geometry(layout, given)
+    what = (layout.shape[2:], layout.block_size, layout.seq_len, *map(_content, given))
+    return _geometries.get_or_build(what, lambda: _make_batched_geometry(layout, given), device=layout.device)
+
+
+def _make_batched_geometry(layout: BatchedLayout, given: tuple[Positions, ...]) -> dict[str, Tensor]:
     geometry = Geometry.of(layout.block_size, layout.seq_len, layout.shape[2:], *given)
     q_start, kv_start, *irregular = given
     if not isinstance(q_start, (int, NoneType)) or not isinstance(kv_start, (int, NoneType)):
@@ -340,12 +351,10 @@ def _build_batched(
 ) -> LayoutPlan:
     if not isinstance(order, str) or order not in ("auto", "longest_first"):
         raise ValueError(f"order: expected 'auto' or 'longest_first' for a BatchedLayout, got {order!r}")
+    if layout.indices.numel() >= 2**31:
+        raise ValueError(f"layout: expected fewer than 2**31 slots (int32 lists), got {layout.indices.numel()}")
     tensors = _batched_geometry(layout, given)
-    last = {
-        "q_last": tensors["q_start"] + tensors["q_bounds"].diff() - 1,
-        "kv_last": tensors["kv_start"] + tensors["kv_bounds"].diff() - 1,
-    }
-    lists = batched_lists(layout, token_mask, tensors["q_start"], last["q_last"], tensors["kv_start"], last["kv_last"])
+    lists = batched_lists(layout, token_mask, tensors)
     return LayoutPlan(
         **lists,
         **tensors,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class Room:
         met: Sum of the budgets over heads and rows / (H · allowed).
         unread: bool[B, H, QB, KB]; of packed documents only: selected before the readable ones, nearest first. The
             room is then that of one batch: all but `distance` have a batch dimension.
+        ceiling: Scores are at most this: −inf where there is nothing to read, else inf.
+        floor: And at least this: inf where a block is kept, else −inf.
     """
 
     readable: Tensor
@@ -48,6 +50,13 @@ class Room:
     allowed: int
     met: float
     unread: Tensor | None = None
+    ceiling: Tensor = field(init=False)
+    floor: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        inf = float("inf")
+        object.__setattr__(self, "ceiling", torch.where(self.readable, inf, -inf))
+        object.__setattr__(self, "floor", torch.where(self.kept, inf, -inf))
 
 
 def make_room(

@@ -59,13 +59,14 @@ def pool_queries(q: Tensor, block: int, causal: bool, parts: int, real: Tensor |
         return q.transpose(1, 2).unsqueeze(-2).to(wide)
     if not causal:
         return pool_real_blocks(q, block, real, parts)
-    # Nothing comes before the first query, so the first summary is of it alone.
-    first = q[:, :1].transpose(1, 2).unsqueeze(-2).to(wide).expand(-1, -1, -1, parts, -1)
     blocks = -(-q.shape[1] // block)
+    if real is None:  # nothing comes before the first query, so the first summary is of it alone
+        return pool_blocks(q[:, : (blocks - 1) * block + 1], block, parts, first=1)
+    first = q[:, :1].transpose(1, 2).unsqueeze(-2).to(wide).expand(-1, -1, -1, parts, -1)
     if blocks == 1:
         return first
     rest = slice(1, (blocks - 1) * block + 1)
-    made = pool_real_blocks(q[:, rest], block, None if real is None else real[:, rest], parts)
+    made = pool_real_blocks(q[:, rest], block, real[:, rest], parts)
     return torch.cat((first, made), dim=2)
 
 
@@ -85,9 +86,9 @@ class ImportanceScorer(nn.Module):
         gain₁ · scale · q̄·k̄  +  gain₂ · scale · (relu(q̄)·k⁺ − relu(−q̄)·k⁻)  +  f(q)·g(k)  +  slope · log2(1 + distance)
 
     The second term bounds every q̄·k in the block from above. f and g are perceptrons over what pooling leaves of a
-    block, normalised; f ends in zeros, so that training starts from the similarities. All terms but the last are one
-    matrix product, whose cost is query blocks × key blocks × (3 D + R). It is in fp32 (fp64 for fp64 inputs), f and g
-    are in the dtype of the queries.
+    block, normalised; f ends in zeros, so that training starts from the similarities. The terms but the last are
+    matrix products, whose cost is query blocks × key blocks × (3 D + R). They are in fp32 (fp64 for fp64 inputs), f and
+    g are in the dtype of the queries.
 
     Args:
         num_heads: Query heads; `None` reads them from the first input.
@@ -244,26 +245,30 @@ class ImportanceScorer(nn.Module):
 
     def score(self, pooled: Pooled, distance: Tensor) -> Tensor:
         """Scores of what `pool` gives; `forward` is the two in a row."""
-        with torch.autocast(distance.device.type, enabled=False):
-            left, right = self._factors(pooled)
-            groups = left.shape[1] // right.shape[1]
-            scores = left @ (right if groups == 1 else right.repeat_interleave(groups, dim=1)).transpose(-1, -2)
-            return torch.addcmul(scores, self.slope.to(scores.dtype)[:, None, None], distance.to(scores.dtype))
-
-    def _factors(self, pooled: Pooled) -> tuple[Tensor, Tensor]:
         queries, keys, dtype = pooled
+        batch, heads = queries.shape[:2]
+        groups = heads // keys.shape[1]
+        with torch.autocast(distance.device.type, enabled=False):
+            scores = self.slope.to(queries.dtype)[:, None, None] * distance.to(queries.dtype)
+            scores = scores.expand(batch, -1, -1, -1).flatten(0, 1)
+            for left, right in (self._similar(queries, keys), self._corrected(queries, keys, dtype)):
+                right = right if groups == 1 else right.repeat_interleave(groups, dim=1)
+                scores = torch.baddbmm(scores, left.flatten(0, 1), right.flatten(0, 1).transpose(1, 2))
+        return scores.unflatten(0, (batch, heads))
+
+    def _similar(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         scale = queries.shape[-1] ** -0.5 if self.scale is None else self.scale
         mean, gain = queries[..., 0, :], self.gain.to(queries.dtype)[:, None, None] * scale
-        left, right = [], []
-        if self.pooling != "max":
-            left.append(mean * gain[..., 0])
-            right.append(keys[..., 0, :])
-        if self.extremes:
-            left += [mean.relu() * gain[..., 1], -(-mean).relu() * gain[..., 1]]
-            right += [keys[..., 1, :], keys[..., 2, :]]
-        left.append(self._perceptron("q", queries.flatten(-2), dtype))
-        right.append(self._perceptron("k", keys.flatten(-2), dtype))
-        return torch.cat(left, dim=-1), torch.cat(right, dim=-1)
+        if not self.extremes:
+            return mean * gain[..., 0], keys.flatten(-2)
+        above = mean.relu()
+        left = [above * gain[..., 1], (mean - above) * gain[..., 1]]
+        if self.pooling == "max":
+            return torch.cat(left, dim=-1), keys[..., 1:, :].flatten(-2)
+        return torch.cat([mean * gain[..., 0], *left], dim=-1), keys.flatten(-2)
+
+    def _corrected(self, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._perceptron("q", queries.flatten(-2), dtype), self._perceptron("k", keys.flatten(-2), dtype)
 
     def _perceptron(self, side: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         wide, x = x.dtype, F.layer_norm(x.to(dtype), x.shape[-1:])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bs_kernels import BatchedLayout
+from bs_kernels import BatchedLayout, best_blocks
 
 from ._gate_noise import uniform
 from ._gate_room import Room
@@ -57,7 +57,7 @@ def logits_of(scores: Tensor, room: Room, temperature: Tensor, threshold: Tensor
         centred = torch.where(room.readable, scores - mean, 0)
         deviation = (centred.square().sum(-1, keepdim=True) / count + 1e-6).sqrt()
         scores = centred / deviation - threshold.to(scores.dtype)[:, None, None]
-    return (scores / temperature.to(scores.dtype)).masked_fill(~room.readable, float("-inf"))
+    return torch.minimum(scores / temperature.to(scores.dtype), room.ceiling.to(scores.dtype))
 
 
 def noisy(
@@ -107,11 +107,9 @@ def select_blocks(
     if dead is not None:
         lowest = torch.finfo(logits.dtype).min
         logits = torch.where(dead[:, None, None, :] & room.readable, lowest, logits)
-    ranked = logits.masked_fill(room.kept, float("inf"))
+    ranked = torch.maximum(logits, room.floor.to(logits.dtype))
     if room.unread is not None:
         ranked = torch.where(room.unread, _UNREAD / (1 + room.distance.to(logits.dtype)), ranked)
-    best = _best(ranked.detach(), min(room.slots + 1, logits.shape[-1]))
-    indices = best[..., : room.slots]
     allowed, expected = max(room.allowed, 1), None
     if learn_density:
         forced = room.kept if room.unread is None else room.kept | room.unread
@@ -121,44 +119,29 @@ def select_blocks(
         expected = soft_count.mean() / allowed
     else:
         counts = room.budget.expand(ranked.shape[:-1])
+    indices = best_blocks(ranked, counts, room.slots)
     layout = BatchedLayout(indices, counts.contiguous(), blocks, seq_len, causal)
     density = counts.sum((0, 2)).to(logits.dtype).mean() / (allowed * logits.shape[0])
     bias = None
     if soft or (torch.is_grad_enabled() and logits.requires_grad):
-        bias = _log_gates(ranked.gather(-1, best), counts, room.slots, learn_density)
+        bias = _log_gates(ranked, indices, counts, learn_density)
         if not soft:
             bias = bias - bias.detach()
     return Selection(layout, bias, density, expected)
 
 
-def _best(ranked: Tensor, count: int) -> Tensor:
-    """int64 `[..., count]`: the columns of the largest values, falling."""
-    columns = ranked.shape[-1]
-    if ranked.device.type != "cpu" or ranked.dtype != torch.float32 or torch.compiler.is_compiling():
-        return ranked.topk(count, dim=-1).indices
-    # numpy partitions integers several times faster than torch finds the best: first the value, whose bits are in
-    # order once those of negative ones are turned round, then the column, counted from the end so that ties go to
-    # the first.
-    bits = ranked.view(torch.int32)
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) << 32
-    keys = (order | torch.arange(columns - 1, -1, -1)).numpy()
-    keys.partition(columns - count, axis=-1)
-    best = keys[..., columns - count :]
-    best.sort(axis=-1)
-    return (columns - 1 - (torch.from_numpy(best) & 0xFFFFFFFF)).flip(-1)
-
-
-def _log_gates(values: Tensor, counts: Tensor, slots: int, learn_density: bool) -> Tensor:
+def _log_gates(ranked: Tensor, indices: Tensor, counts: Tensor, learn_density: bool) -> Tensor:
     """`[B, H, QB, K]` log σ(u − t) of the used slots; 0 elsewhere and for blocks that were not the gate's choice."""
-    scored = torch.isfinite(values) & (values < _TAKEN_FIRST)
-    gated = scored[..., :slots] & (torch.arange(slots, device=values.device) < counts[..., None])
-    if learn_density:
-        middle = torch.zeros((), dtype=values.dtype, device=values.device)
-    else:
-        padded = F.pad(values, (0, 1), value=float("-inf"))
-        first_left = padded.gather(-1, counts[..., None])
-        last_taken = padded.gather(-1, (counts[..., None] - 1).clamp(min=0))
+    slots = indices.shape[-1]
+    used, values = torch.arange(slots, device=ranked.device) < counts[..., None], ranked.gather(-1, indices)
+    gated = used & torch.isfinite(values) & (values < _TAKEN_FIRST)
+    middle = torch.zeros((), dtype=values.dtype, device=values.device)
+    if not learn_density and slots:
+        taken = torch.zeros(ranked.shape, dtype=torch.int8, device=ranked.device)
+        taken = taken.scatter_add(-1, indices, used.to(torch.int8)) > 0  # unused slots may repeat an index
+        first_left = ranked.masked_fill(taken, float("-inf")).amax(-1, keepdim=True)
+        last_taken = values.masked_fill(~used, float("inf")).amin(-1, keepdim=True)
         both = torch.isfinite(first_left) & torch.isfinite(last_taken)
         gated = gated & both
         middle = torch.where(both, first_left + last_taken, 0) / 2
-    return F.logsigmoid(torch.where(gated, values[..., :slots] - middle, 0)).masked_fill(~gated, 0)
+    return F.logsigmoid(torch.where(gated, values - middle, 0)).masked_fill(~gated, 0)

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 8
+ABI_VERSION = 9
 #: Instruction sets by their number in csrc/call.h, slowest first.
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated")
 #: For tests: runs anywhere, slowly, and only when ``BS_KERNELS_ISA`` names it.
@@ -128,6 +128,7 @@ class NativeCore:
         self._at_once = {name: getattr(library, f"bsa_{name}") for name in ("delta", "pool")}
         for function in self._at_once.values():
             function.argtypes, function.restype = (ctypes.POINTER(CoreCall),), ctypes.c_int
+        self._picks = {name: getattr(library, f"bsa_{name}") for name in ("best_blocks", "batched_lists")}
 
     def refusal(self, name: str) -> str | None:
         """Why an instruction set cannot run here; None if it can. The first question may take a self-test."""
@@ -191,6 +192,14 @@ class NativeCore:
             RuntimeError: the core refused the call, which is a bug in the binding.
         """
         self._check(name, self._at_once[name](call))
+
+    def run_picks(self, name: str, arguments: ctypes.Structure) -> None:
+        """Run ``bsa_<name>`` on a struct of its own.
+
+        Raises:
+            RuntimeError: the core refused the call, which is a bug in the binding.
+        """
+        self._check(name, self._picks[name](ctypes.byref(arguments)))
 
     @staticmethod
     def _check(name: str, status: int) -> None:

@@ -136,11 +136,11 @@ def native_delta(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None) ->
     return delta
 
 
-def native_pool(x: Tensor, block_size: int, parts: int) -> Tensor | None:
+def native_pool(x: Tensor, block_size: int, parts: int, first: int) -> Tensor | None:
     """`pool_blocks` in one pass over a plain tensor.
 
     Args:
-        x, block_size, parts: those of `pool_blocks`.
+        x, block_size, parts, first: those of `pool_blocks`.
 
     Returns:
         [B, H, N, P, D] in float32, outside autograd; None where the core cannot compute it: other devices and dtypes,
@@ -150,7 +150,7 @@ def native_pool(x: Tensor, block_size: int, parts: int) -> Tensor | None:
         return None
     core, keep = _native_lib.load(), []
     batch, tokens, heads, dim = x.shape
-    bounds = torch.arange(0, tokens + block_size, block_size, dtype=torch.int32).clamp_(max=tokens)
+    bounds = torch.arange(first - block_size, tokens + block_size, block_size, dtype=torch.int32).clamp_(0, tokens)
     blocks = len(bounds) - 1
     made = torch.empty((batch, heads, blocks, parts, dim), dtype=torch.float32)
     args = _bare(

@@ -7,6 +7,7 @@ from .case import Case, evaluate
 from .factories import make_batched_layout, make_case, make_layout, make_pages
 from .longnet import DilatedCase, branch_masks, check_dilated_against_oracle, make_dilated_case
 from .oracle import block_entries, dense_attention, dense_results, magnitudes, oracle_results, token_mask_of
+from .picking import dense_best_blocks
 from .pooling import dense_pool
 from .tolerance import assert_close_to_oracle, check_against_oracle, rounding_band
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_against_oracle",
     "check_dilated_against_oracle",
     "dense_attention",
+    "dense_best_blocks",
     "dense_pool",
     "dense_results",
     "evaluate",
