@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 9
+#define BSA_ABI_VERSION 10
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
 enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
@@ -99,6 +99,23 @@ typedef struct {
   int32_t* unclear;                         // set to 1 where a count or block is out of range or a row does not rise, else to 0
 } bsa_lists;
 
+// Of a perceptron: the most layers, what all widths but the first are multiples of, and rows taken at a time.
+enum { BSA_MAX_LAYERS = 8, BSA_LANES = 16, BSA_PERCEPTRON_ROWS = 48 };
+
+// Perceptrons: rows are normalised, then linear layers with GELU between them. Contiguous f32 arrays.
+typedef struct {
+  int32_t abi_version, isa, num_threads, layers;
+  int64_t batch, heads, rows, widest;       // widest: the largest width
+  int64_t widths[BSA_MAX_LAYERS + 1];       // of the input and of what each layer gives
+  const float* x;                           // [batch, heads, rows, widths[0]]
+  const float* weights[BSA_MAX_LAYERS];     // [heads, widths[i], widths[i + 1]]
+  const float* biases[BSA_MAX_LAYERS];      // [heads, widths[i + 1]]
+  float* out;                               // [batch, heads, rows, widths[layers]]
+  float* scratch;                           // [num_threads, 2, BSA_PERCEPTRON_ROWS, widest]
+  float epsilon;                            // added to the variance
+  int32_t reserved;
+} bsa_perceptron;
+
 #define BSA_EXPORT __attribute__((visibility("default")))
 
 BSA_EXPORT int bsa_abi_version(void);
@@ -117,6 +134,7 @@ BSA_EXPORT int bsa_delta(const bsa_call* call);
 BSA_EXPORT int bsa_pool(const bsa_call* call);
 BSA_EXPORT int bsa_best_blocks(const bsa_best* call);
 BSA_EXPORT int bsa_batched_lists(const bsa_lists* call);
+BSA_EXPORT int bsa_head_perceptron(const bsa_perceptron* call);
 
 #ifdef __cplusplus
 }

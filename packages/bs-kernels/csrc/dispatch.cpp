@@ -83,6 +83,12 @@ const char* refused(int isa) {
   return nullptr;
 }
 
+// Pairs and tiles are for bf16 alone.
+int wide(int isa) {
+  if (isa == BSA_ISA_AVX512_BF16 || isa == BSA_ISA_AMX_BF16) return BSA_ISA_AVX512;
+  return isa == BSA_ISA_AMX_BF16_EMULATED ? BSA_ISA_PORTABLE : isa;
+}
+
 int resolve(const bsa_call* c, const bsa_engine** out) {
   if (!c || c->abi_version != BSA_ABI_VERSION || c->num_threads < 1) return BSA_BAD_ARGUMENT;
   if (c->dtype < BSA_F32 || c->dtype > BSA_F16 || c->result_dtype < BSA_F32 || c->result_dtype > BSA_F16) return BSA_BAD_ARGUMENT;
@@ -90,12 +96,7 @@ int resolve(const bsa_call* c, const bsa_engine** out) {
   if ((c->layouts != 1 && c->layouts != c->batch) || (c->layout_heads != 1 && c->layout_heads != c->q_heads)) return BSA_BAD_ARGUMENT;
   if (!c->q_segments != !c->kv_segments) return BSA_BAD_ARGUMENT;
   if (refused(c->isa)) return BSA_NO_ISA;
-  int isa = c->isa;
-  if (c->dtype != BSA_BF16) {  // pairs and tiles are for bf16 alone
-    if (isa == BSA_ISA_AVX512_BF16 || isa == BSA_ISA_AMX_BF16) isa = BSA_ISA_AVX512;
-    if (isa == BSA_ISA_AMX_BF16_EMULATED) isa = BSA_ISA_PORTABLE;
-  }
-  *out = engine(isa);
+  *out = engine(c->dtype == BSA_BF16 ? c->isa : wide(c->isa));
   return *out ? BSA_OK : BSA_NO_ISA;
 }
 
@@ -167,5 +168,12 @@ int bsa_best_blocks(const bsa_best* c) {
 int bsa_batched_lists(const bsa_lists* c) {
   if (!c || c->abi_version != BSA_ABI_VERSION || c->num_threads < 1) return BSA_BAD_ARGUMENT;
   return Lists(*c).run();
+}
+
+int bsa_head_perceptron(const bsa_perceptron* c) {
+  if (!c || c->abi_version != BSA_ABI_VERSION || c->num_threads < 1) return BSA_BAD_ARGUMENT;
+  if (refused(c->isa)) return BSA_NO_ISA;
+  const bsa_engine* const e = engine(wide(c->isa));
+  return e ? e->perceptron(c) : BSA_NO_ISA;
 }
 }

@@ -9,6 +9,7 @@ struct bsa_engine {
   int (*delta)(const bsa_call*);
   int (*pool)(const bsa_call*);
   int (*best)(const bsa_best*);
+  int (*perceptron)(const bsa_perceptron*);
 };
 
 extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512, bsa_engine_avx512_bf16, bsa_engine_amx_bf16,
@@ -20,4 +21,5 @@ extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512,
   static int run_delta(const bsa_call* c) { return Delta<V>(*c).run(); }          \
   static int run_pool(const bsa_call* c) { return Pool<V>(*c).run(); }            \
   static int run_best(const bsa_best* c) { return Best<V>(*c).run(); }            \
-  const bsa_engine NAME = {run_forward, run_backward, run_delta, run_pool, run_best};
+  static int run_perceptron(const bsa_perceptron* c) { return run_perceptron_on<V>(*c); } \
+  const bsa_engine NAME = {run_forward, run_backward, run_delta, run_pool, run_best, run_perceptron};

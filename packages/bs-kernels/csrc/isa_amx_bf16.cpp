@@ -4,6 +4,7 @@
 #include "delta.h"
 #include "engine.h"
 #include "forward.h"
+#include "perceptron.h"
 #include "picks.h"
 #include "pool.h"
 

@@ -6,6 +6,7 @@ from .dilated import DilatedPlan, dilated_attention
 from .dispatch import BackendReport, BackendTable
 from .merge import merge_attention
 from .partial import PartialGradients, attention_delta, partial_backward, partial_forward, sinks_gradient
+from .perceptron import head_perceptron
 from .picking import best_blocks
 from .plan import LayoutPlan
 from .pooling import pool_blocks
@@ -27,6 +28,7 @@ __all__ = [
     "block_sparse_attention",
     "dilated_attention",
     "explain_backends",
+    "head_perceptron",
     "merge_attention",
     "partial_backward",
     "partial_forward",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from bs_kernels import pool_blocks
+from bs_kernels import head_perceptron, pool_blocks
 
 from ._gate_documents import Documents
 
@@ -271,11 +271,10 @@ class ImportanceScorer(nn.Module):
         return self._perceptron("q", queries.flatten(-2), dtype), self._perceptron("k", keys.flatten(-2), dtype)
 
     def _perceptron(self, side: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        wide, x = x.dtype, F.layer_norm(x.to(dtype), x.shape[-1:])
-        for i in range(self.num_layers):
-            x = x if i == 0 else F.gelu(x)
-            x = x @ getattr(self, f"{side}_weight_{i}").to(dtype) + getattr(self, f"{side}_bias_{i}").to(dtype)
-        return x.to(wide)
+        weights, biases = (
+            [getattr(self, f"{side}_{kind}_{i}") for i in range(self.num_layers)] for kind in ("weight", "bias")
+        )
+        return head_perceptron(x, weights, biases, dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self._made_for is None:  # as a lazy module of torch: what has no values yet cannot be detached

@@ -22,12 +22,14 @@ __all__ = [
     "CoreTensor",
     "NativeCore",
     "NativeUnavailableError",
+    "addresses",
     "load",
     "missing_reason",
+    "team",
 ]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 9
+ABI_VERSION = 10
 #: Instruction sets by their number in csrc/call.h, slowest first.
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated")
 #: For tests: runs anywhere, slowly, and only when ``BS_KERNELS_ISA`` names it.
@@ -128,7 +130,9 @@ class NativeCore:
         self._at_once = {name: getattr(library, f"bsa_{name}") for name in ("delta", "pool")}
         for function in self._at_once.values():
             function.argtypes, function.restype = (ctypes.POINTER(CoreCall),), ctypes.c_int
-        self._picks = {name: getattr(library, f"bsa_{name}") for name in ("best_blocks", "batched_lists")}
+        self._own = {
+            name: getattr(library, f"bsa_{name}") for name in ("best_blocks", "batched_lists", "head_perceptron")
+        }
 
     def refusal(self, name: str) -> str | None:
         """Why an instruction set cannot run here; None if it can. The first question may take a self-test."""
@@ -193,13 +197,13 @@ class NativeCore:
         """
         self._check(name, self._at_once[name](call))
 
-    def run_picks(self, name: str, arguments: ctypes.Structure) -> None:
+    def run_own(self, name: str, arguments: ctypes.Structure) -> None:
         """Run ``bsa_<name>`` on a struct of its own.
 
         Raises:
             RuntimeError: the core refused the call, which is a bug in the binding.
         """
-        self._check(name, self._picks[name](ctypes.byref(arguments)))
+        self._check(name, self._own[name](ctypes.byref(arguments)))
 
     @staticmethod
     def _check(name: str, status: int) -> None:
@@ -235,6 +239,17 @@ def load() -> NativeCore:
     if isinstance(core, str):
         raise NativeUnavailableError(core)
     return core
+
+
+def team() -> tuple[NativeCore, int]:
+    """The native core and how many threads its calls take."""
+    core = load()
+    return core, torch.get_num_threads() if core.threaded else 1
+
+
+def addresses(**tensors: Tensor) -> dict[str, int]:
+    """Where tensors lie, by name."""
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def missing_reason() -> str | None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native_lib
-from ._native_lib import ISA_NAMES
+from ._native_lib import ISA_NAMES, addresses, team
 
 __all__ = ["native_best_blocks", "native_lists"]
 
@@ -58,12 +57,12 @@ def native_best_blocks(scores: Tensor, counts: Tensor, slots: int) -> Tensor | N
     """
     if scores.device.type != "cpu" or scores.dtype != torch.float32 or _native_lib.missing_reason():
         return None
-    core, threads = _team()
+    core, threads = team()
     columns = scores.shape[-1]
     scores, counts = scores.contiguous(), counts.to(torch.int64).contiguous()
     picked = torch.empty((*counts.shape, slots), dtype=torch.int64)
     scratch = torch.empty(threads * columns, dtype=torch.int32)
-    core.run_picks(
+    core.run_own(
         "best_blocks",
         _Best(
             abi_version=_native_lib.ABI_VERSION,
@@ -72,7 +71,7 @@ def native_best_blocks(scores: Tensor, counts: Tensor, slots: int) -> Tensor | N
             rows=counts.numel(),
             columns=columns,
             slots=slots,
-            **_addresses(scores=scores, counts=counts, picked=picked, scratch=scratch),
+            **addresses(scores=scores, counts=counts, picked=picked, scratch=scratch),
         ),
     )
     return picked
@@ -94,7 +93,7 @@ def native_lists(
     """
     if indices.device.type != "cpu" or _native_lib.missing_reason():
         return None
-    core, threads = _team()
+    core, threads = team()
     batch, heads, q_blocks, slots = indices.shape
     kv_blocks = len(geometry["kv_start"])
     shapes = {"rows": (batch, heads, q_blocks), "columns": (batch, heads, kv_blocks), "slots": (indices.numel(),)}
@@ -105,7 +104,7 @@ def native_lists(
     given |= {name: geometry[name].contiguous() for name in _GEOMETRY}
     scratch = torch.empty(max(batch * heads, slots + 1, q_blocks + 1), dtype=torch.int32)
     unclear = ctypes.c_int32()
-    core.run_picks(
+    core.run_own(
         "batched_lists",
         _Lists(
             abi_version=_native_lib.ABI_VERSION,
@@ -117,16 +116,7 @@ def native_lists(
             band_lo=band[0],
             band_hi=band[1],
             unclear=ctypes.addressof(unclear),
-            **_addresses(**given, **lists, scratch=scratch),
+            **addresses(**given, **lists, scratch=scratch),
         ),
     )
     return lists, not unclear.value
-
-
-def _team() -> tuple[_native_lib.NativeCore, int]:
-    core = _native_lib.load()
-    return core, torch.get_num_threads() if core.threaded else 1
-
-
-def _addresses(**tensors: Tensor) -> dict[str, Any]:
-    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
