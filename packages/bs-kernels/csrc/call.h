@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 10
+#define BSA_ABI_VERSION 11
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
 enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
@@ -99,8 +99,9 @@ typedef struct {
   int32_t* unclear;                         // set to 1 where a count or block is out of range or a row does not rise, else to 0
 } bsa_lists;
 
-// Of a perceptron: the most layers, what all widths but the first are multiples of, and rows taken at a time.
-enum { BSA_MAX_LAYERS = 8, BSA_LANES = 16, BSA_PERCEPTRON_ROWS = 48 };
+// The most lanes of any engine. Of a perceptron: the most layers, and rows taken at a time; all widths but the first are multiples of
+// the lanes. Of scores: query and key blocks taken at a time.
+enum { BSA_LANES = 16, BSA_MAX_LAYERS = 8, BSA_PERCEPTRON_ROWS = 48, BSA_SCORE_ROWS = 48, BSA_SCORE_LANES = 128 };
 
 // Perceptrons: rows are normalised, then linear layers with GELU between them. Contiguous f32 arrays.
 typedef struct {
@@ -115,6 +116,23 @@ typedef struct {
   float epsilon;                            // added to the variance
   int32_t reserved;
 } bsa_perceptron;
+
+// What bs_kernels.block_scores takes, contiguous f32 arrays.
+typedef struct {
+  int32_t abi_version, isa, num_threads;
+  int32_t means, extremes;                  // 1: the term of the means, that of the extremes, is part of the score
+  float scale;
+  int64_t batch, q_heads, kv_heads, q_blocks, kv_blocks, dim, q_parts, kv_parts, rank;
+  const float *queries, *keys;              // [batch, heads, blocks, parts, dim]
+  const float *f, *g;                       // [batch, heads, blocks, rank]
+  const float *gain, *slope;                // [q_heads, 2], [q_heads]
+  const float* distance;                    // [q_blocks, kv_blocks]
+  float* scores;                            // [batch, q_heads, q_blocks, kv_blocks]
+  // Widths and blocks in whole numbers of BSA_LANES: [batch, kv_heads, width, kv_blocks], width that of the parts that are read and of
+  // the rank; then [num_threads, BSA_SCORE_ROWS, width + BSA_SCORE_LANES].
+  float* workspace;
+  int64_t workspace_floats;
+} bsa_scores;
 
 #define BSA_EXPORT __attribute__((visibility("default")))
 
@@ -135,6 +153,7 @@ BSA_EXPORT int bsa_pool(const bsa_call* call);
 BSA_EXPORT int bsa_best_blocks(const bsa_best* call);
 BSA_EXPORT int bsa_batched_lists(const bsa_lists* call);
 BSA_EXPORT int bsa_head_perceptron(const bsa_perceptron* call);
+BSA_EXPORT int bsa_block_scores(const bsa_scores* call);
 
 #ifdef __cplusplus
 }

@@ -172,8 +172,14 @@ int bsa_batched_lists(const bsa_lists* c) {
 
 int bsa_head_perceptron(const bsa_perceptron* c) {
   if (!c || c->abi_version != BSA_ABI_VERSION || c->num_threads < 1) return BSA_BAD_ARGUMENT;
-  if (refused(c->isa)) return BSA_NO_ISA;
-  const bsa_engine* const e = engine(wide(c->isa));
+  const bsa_engine* const e = refused(c->isa) ? nullptr : engine(wide(c->isa));
   return e ? e->perceptron(c) : BSA_NO_ISA;
+}
+
+int bsa_block_scores(const bsa_scores* c) {
+  if (!c || c->abi_version != BSA_ABI_VERSION || c->num_threads < 1) return BSA_BAD_ARGUMENT;
+  if (c->kv_heads < 1 || c->q_heads % c->kv_heads || c->dim < 1 || c->q_parts < 1) return BSA_BAD_ARGUMENT;
+  const bsa_engine* const e = refused(c->isa) ? nullptr : engine(wide(c->isa));
+  return e ? e->scores(c) : BSA_NO_ISA;
 }
 }

@@ -10,6 +10,7 @@ struct bsa_engine {
   int (*pool)(const bsa_call*);
   int (*best)(const bsa_best*);
   int (*perceptron)(const bsa_perceptron*);
+  int (*scores)(const bsa_scores*);
 };
 
 extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512, bsa_engine_avx512_bf16, bsa_engine_amx_bf16,
@@ -22,4 +23,5 @@ extern const bsa_engine bsa_engine_portable, bsa_engine_avx2, bsa_engine_avx512,
   static int run_pool(const bsa_call* c) { return Pool<V>(*c).run(); }            \
   static int run_best(const bsa_best* c) { return Best<V>(*c).run(); }            \
   static int run_perceptron(const bsa_perceptron* c) { return run_perceptron_on<V>(*c); } \
-  const bsa_engine NAME = {run_forward, run_backward, run_delta, run_pool, run_best, run_perceptron};
+  static int run_scores(const bsa_scores* c) { return run_scores_on<V>(*c); } \
+  const bsa_engine NAME = {run_forward, run_backward, run_delta, run_pool, run_best, run_perceptron, run_scores};

@@ -7,5 +7,6 @@
 #include "perceptron.h"
 #include "picks.h"
 #include "pool.h"
+#include "scores.h"
 
 BSA_DEFINE_ENGINE(bsa_engine_portable, Portable)

@@ -6,10 +6,10 @@ from .dilated import DilatedPlan, dilated_attention
 from .dispatch import BackendReport, BackendTable
 from .merge import merge_attention
 from .partial import PartialGradients, attention_delta, partial_backward, partial_forward, sinks_gradient
-from .perceptron import head_perceptron
 from .picking import best_blocks
 from .plan import LayoutPlan
 from .pooling import pool_blocks
+from .scoring import block_scores, head_perceptron
 from .token_mask import TokenMask
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "__version__",
     "attention_delta",
     "best_blocks",
+    "block_scores",
     "block_sparse_attention",
     "dilated_attention",
     "explain_backends",

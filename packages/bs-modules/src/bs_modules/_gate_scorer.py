@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from bs_kernels import head_perceptron, pool_blocks
+from bs_kernels import block_scores, head_perceptron, pool_blocks
 
 from ._gate_documents import Documents
 
@@ -246,29 +246,12 @@ class ImportanceScorer(nn.Module):
     def score(self, pooled: Pooled, distance: Tensor) -> Tensor:
         """Scores of what `pool` gives; `forward` is the two in a row."""
         queries, keys, dtype = pooled
-        batch, heads = queries.shape[:2]
-        groups = heads // keys.shape[1]
-        with torch.autocast(distance.device.type, enabled=False):
-            scores = self.slope.to(queries.dtype)[:, None, None] * distance.to(queries.dtype)
-            scores = scores.expand(batch, -1, -1, -1).flatten(0, 1)
-            for left, right in (self._similar(queries, keys), self._corrected(queries, keys, dtype)):
-                right = right if groups == 1 else right.repeat_interleave(groups, dim=1)
-                scores = torch.baddbmm(scores, left.flatten(0, 1), right.flatten(0, 1).transpose(1, 2))
-        return scores.unflatten(0, (batch, heads))
-
-    def _similar(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         scale = queries.shape[-1] ** -0.5 if self.scale is None else self.scale
-        mean, gain = queries[..., 0, :], self.gain.to(queries.dtype)[:, None, None] * scale
-        if not self.extremes:
-            return mean * gain[..., 0], keys.flatten(-2)
-        above = mean.relu()
-        left = [above * gain[..., 1], (mean - above) * gain[..., 1]]
-        if self.pooling == "max":
-            return torch.cat(left, dim=-1), keys[..., 1:, :].flatten(-2)
-        return torch.cat([mean * gain[..., 0], *left], dim=-1), keys.flatten(-2)
-
-    def _corrected(self, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self._perceptron("q", queries.flatten(-2), dtype), self._perceptron("k", keys.flatten(-2), dtype)
+        with torch.autocast(distance.device.type, enabled=False):
+            embeddings = tuple(
+                self._perceptron(side, x.flatten(-2), dtype) for side, x in (("q", queries), ("k", keys))
+            )
+            return block_scores(queries, keys, embeddings, self.gain, self.slope, distance, scale, self.pooling)
 
     def _perceptron(self, side: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         weights, biases = (

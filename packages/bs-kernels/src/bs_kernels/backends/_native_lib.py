@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 10
+ABI_VERSION = 11
 #: Instruction sets by their number in csrc/call.h, slowest first.
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated")
 #: For tests: runs anywhere, slowly, and only when ``BS_KERNELS_ISA`` names it.
@@ -42,6 +42,8 @@ PLAN_LISTS = (
     *("row_begin", "row_end", "indices", "entries", "col_begin", "col_end", "t_rows", "t_slots"),
     *("row_order", "col_order", "q_bounds", "kv_bounds", "q_start", "kv_start"),
 )
+#: Functions whose arguments are structs of their own.
+OWN_STRUCTS = ("best_blocks", "batched_lists", "head_perceptron", "block_scores")
 #: Larger workspaces are returned to the system after the call.
 _POOLED = 2**28
 _CPU = torch.device("cpu")
@@ -130,9 +132,7 @@ class NativeCore:
         self._at_once = {name: getattr(library, f"bsa_{name}") for name in ("delta", "pool")}
         for function in self._at_once.values():
             function.argtypes, function.restype = (ctypes.POINTER(CoreCall),), ctypes.c_int
-        self._own = {
-            name: getattr(library, f"bsa_{name}") for name in ("best_blocks", "batched_lists", "head_perceptron")
-        }
+        self._own = {name: getattr(library, f"bsa_{name}") for name in OWN_STRUCTS}
 
     def refusal(self, name: str) -> str | None:
         """Why an instruction set cannot run here; None if it can. The first question may take a self-test."""
