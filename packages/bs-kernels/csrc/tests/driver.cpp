@@ -425,12 +425,14 @@ void run(long number) {
 
 }  // namespace
 
+#include "gate.h"
+
 int main(int argc, char** argv) {
 #if defined(BSA_TRAPPED_TILES)
   TrappedTiles::install();
 #endif
   const long problems = argc > 1 ? std::atol(argv[1]) : 40;
-  for (long n = 0; n < problems; ++n) run(n);
+  for (long n = 0; n < problems; ++n) run(n), failures += gate(n);
 #if defined(BSA_TRAPPED_TILES)
   std::printf("%s: %ld tile instructions trapped\n", bsa_isa_supported(BSA_ISA_AMX_BF16) ? "amx_bf16 ran" : "amx_bf16 did not run",
               TrappedTiles::executed());

@@ -9,6 +9,7 @@ from .longnet import DilatedCase, branch_masks, check_dilated_against_oracle, ma
 from .oracle import block_entries, dense_attention, dense_results, magnitudes, oracle_results, token_mask_of
 from .picking import dense_best_blocks
 from .pooling import dense_pool
+from .scoring import dense_block_scores, dense_perceptron
 from .tolerance import assert_close_to_oracle, check_against_oracle, rounding_band
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "check_dilated_against_oracle",
     "dense_attention",
     "dense_best_blocks",
+    "dense_block_scores",
+    "dense_perceptron",
     "dense_pool",
     "dense_results",
     "evaluate",
