@@ -71,7 +71,7 @@ def pool_queries(q: Tensor, block: int, causal: bool, parts: int, real: Tensor |
 
 
 class Pooled(NamedTuple):
-    """What a scorer reads: `[B, H, QB, P, D]` and `[B, G, KB, P, D]`, and the dtype that its perceptrons compute in."""
+    """What a scorer reads: `[B, H, QB, P, D]` and `[B, G, KB, P, D]`, and the dtype of the queries they come from."""
 
     queries: Tensor
     keys: Tensor
@@ -87,8 +87,8 @@ class ImportanceScorer(nn.Module):
 
     The second term bounds every q̄·k in the block from above. f and g are perceptrons over what pooling leaves of a
     block, normalised; f ends in zeros, so that training starts from the similarities. The terms but the last are
-    matrix products, whose cost is query blocks × key blocks × (3 D + R). They are in fp32 (fp64 for fp64 inputs), f and
-    g are in the dtype of the queries.
+    matrix products, whose cost is query blocks × key blocks × (3 D + R). They are in fp32 (fp64 for fp64 inputs); f and
+    g are in the dtype of the queries, or without gradients on a CPU, where the native core computes all of it, in fp32.
 
     Args:
         num_heads: Query heads; `None` reads them from the first input.
@@ -229,7 +229,7 @@ class ImportanceScorer(nn.Module):
         key_padding_mask: Tensor | None = None,
         packed: Documents | None = None,
     ) -> Pooled:
-        """What the scorer reads; its perceptrons compute in the dtype of the queries.
+        """What the scorer reads.
 
         Arguments as for `forward`; `packed` says which tokens to pool of packed documents.
         """

@@ -25,7 +25,6 @@ __all__ = [
     "addresses",
     "load",
     "missing_reason",
-    "team",
 ]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
@@ -167,6 +166,11 @@ class NativeCore:
             )
         return asked
 
+    @property
+    def threads(self) -> int:
+        """How many threads a call takes: as many as torch does."""
+        return torch.get_num_threads() if self.threaded else 1
+
     def engine(self, bfloat16: bool) -> str:
         """The instruction set that a call takes: those that are for bfloat16 alone leave the rest to another."""
         isa = self.isa
@@ -239,12 +243,6 @@ def load() -> NativeCore:
     if isinstance(core, str):
         raise NativeUnavailableError(core)
     return core
-
-
-def team() -> tuple[NativeCore, int]:
-    """The native core and how many threads its calls take."""
-    core = load()
-    return core, torch.get_num_threads() if core.threaded else 1
 
 
 def addresses(**tensors: Tensor) -> dict[str, int]:

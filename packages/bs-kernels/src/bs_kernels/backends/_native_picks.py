@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _native_lib
-from ._native_lib import ISA_NAMES, addresses, team
+from ._native_lib import ISA_NAMES, addresses
 
 __all__ = ["native_best_blocks", "native_lists"]
 
@@ -57,17 +57,17 @@ def native_best_blocks(scores: Tensor, counts: Tensor, slots: int) -> Tensor | N
     """
     if scores.device.type != "cpu" or scores.dtype != torch.float32 or _native_lib.missing_reason():
         return None
-    core, threads = team()
+    core = _native_lib.load()
     columns = scores.shape[-1]
     scores, counts = scores.contiguous(), counts.to(torch.int64).contiguous()
     picked = torch.empty((*counts.shape, slots), dtype=torch.int64)
-    scratch = torch.empty(threads * columns, dtype=torch.int32)
+    scratch = torch.empty(core.threads * columns, dtype=torch.int32)
     core.run_own(
         "best_blocks",
         _Best(
             abi_version=_native_lib.ABI_VERSION,
             isa=ISA_NAMES.index(core.isa),
-            num_threads=threads,
+            num_threads=core.threads,
             rows=counts.numel(),
             columns=columns,
             slots=slots,
@@ -93,7 +93,7 @@ def native_lists(
     """
     if indices.device.type != "cpu" or _native_lib.missing_reason():
         return None
-    core, threads = team()
+    core = _native_lib.load()
     batch, heads, q_blocks, slots = indices.shape
     kv_blocks = len(geometry["kv_start"])
     shapes = {"rows": (batch, heads, q_blocks), "columns": (batch, heads, kv_blocks), "slots": (indices.numel(),)}
@@ -108,7 +108,7 @@ def native_lists(
         "batched_lists",
         _Lists(
             abi_version=_native_lib.ABI_VERSION,
-            num_threads=threads,
+            num_threads=core.threads,
             heads=batch * heads,
             q_blocks=q_blocks,
             kv_blocks=kv_blocks,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _native_lib
-from ._native_lib import ISA_NAMES, addresses, team
+from ._native_lib import ISA_NAMES, addresses
 
 __all__ = ["native_perceptron", "native_scores"]
 
@@ -62,7 +62,7 @@ def native_perceptron(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
     """
     if x.device.type != "cpu" or x.dtype == torch.float64 or len(weights) > _MAX_LAYERS or _native_lib.missing_reason():
         return None
-    core, threads = team()
+    core = _native_lib.load()
     batch, heads, rows, width = x.shape
     result = weights[-1].shape[2]
     x, widths, layers = x.float().contiguous(), [width], []
@@ -73,14 +73,14 @@ def native_perceptron(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Ten
         layers.append((weight.float().contiguous(), bias.float().contiguous()))
         widths.append(weight.shape[2])
     out = torch.empty((batch, heads, rows, widths[-1]), dtype=torch.float32)
-    scratch = torch.empty(threads * 2 * _PERCEPTRON_ROWS * max(widths), dtype=torch.float32)
+    scratch = torch.empty(core.threads * 2 * _PERCEPTRON_ROWS * max(widths), dtype=torch.float32)
     spare = [None] * (_MAX_LAYERS - len(layers))
     core.run_own(
         "head_perceptron",
         _Perceptron(
             abi_version=_native_lib.ABI_VERSION,
             isa=ISA_NAMES.index(core.isa),
-            num_threads=threads,
+            num_threads=core.threads,
             layers=len(layers),
             batch=batch,
             heads=heads,
@@ -117,7 +117,7 @@ def native_scores(
     given = (queries, keys, *embeddings)
     if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in given) or _native_lib.missing_reason():
         return None
-    core, threads = team()
+    core = _native_lib.load()
     batch, heads, q_blocks, q_parts, dim = queries.shape
     kv_heads, kv_blocks, kv_parts = keys.shape[1:4]
     rank, means, extremes = embeddings[0].shape[-1], terms != "max", terms != "mean"
@@ -126,14 +126,14 @@ def native_scores(
     arrays = {name: x.float().contiguous() for name, x in arrays.items()}
     width = _whole(dim * (means + 2 * extremes)) + _whole(rank)
     panels = batch * kv_heads * width * _whole(kv_blocks)
-    workspace = torch.empty(panels + threads * _SCORE_ROWS * (width + _SCORE_LANES), dtype=torch.float32)
+    workspace = torch.empty(panels + core.threads * _SCORE_ROWS * (width + _SCORE_LANES), dtype=torch.float32)
     scores = torch.empty((batch, heads, q_blocks, kv_blocks), dtype=torch.float32)
     core.run_own(
         "block_scores",
         _Scores(
             abi_version=_native_lib.ABI_VERSION,
             isa=ISA_NAMES.index(core.isa),
-            num_threads=threads,
+            num_threads=core.threads,
             means=means,
             extremes=extremes,
             scale=scale,

@@ -198,7 +198,7 @@ def _bare(core: _native_lib.NativeCore, **given: Any) -> CoreCall:
     return CoreCall(
         abi_version=_native_lib.ABI_VERSION,
         isa=ISA_NAMES.index(core.isa),
-        num_threads=torch.get_num_threads() if core.threaded else 1,
+        num_threads=core.threads,
         **needed | given,
     )
 
@@ -212,7 +212,7 @@ def _arguments(call: Call, result_dtype: torch.dtype) -> tuple[_native_lib.Nativ
     args = CoreCall(
         abi_version=_native_lib.ABI_VERSION,
         isa=ISA_NAMES.index(core.isa),
-        num_threads=torch.get_num_threads() if core.threaded else 1,
+        num_threads=core.threads,
         dtype=_DTYPES[call.q.dtype],
         result_dtype=_DTYPES[result_dtype],
         batch=batch,
