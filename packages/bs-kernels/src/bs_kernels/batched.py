@@ -111,17 +111,14 @@ def batched_lists(layout: BatchedLayout, token_mask: TokenMask, geometry: dict[s
         geometry: int32 ``q_bounds[QB + 1]``, ``kv_bounds[KB + 1]``, ``q_start[QB]`` and ``kv_start[KB]`` of the plan.
 
     Raises:
-        ValueError: the layout is on a CPU and not valid; see `BatchedLayout.validate`.
+        ValueError: the layout is on a CPU, nothing traces, and it is not valid; see `BatchedLayout.validate`.
     """
-    if is_plain([layout.indices, layout.counts, *geometry.values()]):
+    if layout.device.type == "cpu" and is_plain([layout.indices, layout.counts, *geometry.values()]):
         made = native_lists(layout.indices, layout.counts, geometry, token_mask.band)
+        if made is None or not made[1]:  # the core tells only whether all is well at first sight
+            layout.validate()
         if made is not None:
-            lists, is_valid = made
-            if not is_valid:  # as far as it was seen at once
-                layout.validate()
-            return lists
-    if layout.device.type == "cpu" and not torch.compiler.is_compiling():
-        layout.validate()
+            return made[0]
     q_first, kv_first = geometry["q_start"], geometry["kv_start"]
     q_last = q_first + geometry["q_bounds"].diff() - 1
     kv_last = kv_first + geometry["kv_bounds"].diff() - 1
