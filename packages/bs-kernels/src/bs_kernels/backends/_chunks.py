@@ -35,7 +35,8 @@ class Chunk:
         padding: int64[R]; how many leading blocks of each row are such repeats, to be masked.
         max_padding: the largest of them.
         cut: how many trailing blocks need the positional mask.
-        first: whether these are the first blocks of their rows (else: results merge with what is there).
+        first, last: whether these are the first and the last blocks of their rows. The pieces of a longer row follow
+            each other, one unit at a time, and their results merge.
         expand: the range of expansions (see `Schedule`) that this chunk covers.
     """
 
@@ -46,6 +47,7 @@ class Chunk:
     max_padding: int
     cut: int
     first: bool
+    last: bool
     expand: tuple[int, int]
 
 
@@ -55,7 +57,7 @@ class Schedule:
 
     Attributes:
         used: int64[U]; the key blocks that any row reads, ascending; all blocks if that is most of them.
-        chunks: the chunks, later pieces of long rows after earlier ones.
+        chunks: the chunks.
         workspace: elements of the largest chunk's score tile.
         gathered: key tokens of the largest chunk, over all its units.
         bytes_placed: bytes of the index and mask tensors that say where all units lie.
@@ -119,6 +121,7 @@ def build_schedule(plan: LayoutPlan, group: int, expansions: int, budget: int) -
                 max_padding=int(padding.max()),
                 cut=cut,
                 first=bool(pieces.order[members[0]] == 0),
+                last=bool(pieces.last[members[0]]),
                 expand=expand,
             )
         )
@@ -128,10 +131,11 @@ def build_schedule(plan: LayoutPlan, group: int, expansions: int, budget: int) -
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Runs of at most ``piece_blocks`` blocks of one row; ``order`` counts the pieces of a row."""
+    """Runs of about as many blocks of one row, at most ``piece_blocks``; ``order`` counts the pieces of a row."""
 
     row: np.ndarray
     order: np.ndarray
+    last: np.ndarray
     start: np.ndarray
     blocks: np.ndarray
     cut: np.ndarray
@@ -141,25 +145,24 @@ def _split_rows(counts: np.ndarray, cuts: np.ndarray, starts: np.ndarray, piece_
     per_row = -(-counts // piece_blocks)
     row = np.repeat(np.arange(len(counts)), per_row)
     order = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
-    first = order * piece_blocks
-    blocks = np.minimum(counts[row] - first, piece_blocks)
+    size = -(-counts // np.maximum(per_row, 1))[row]
+    first = order * size
+    blocks = np.minimum(counts[row] - first, size)
     full = counts[row] - cuts[row]
     cut = np.clip(first + blocks - full, 0, blocks)
-    return _Pieces(row, order, starts[row] + first, blocks, cut)
+    return _Pieces(row, order, order == per_row[row] - 1, starts[row] + first, blocks, cut)
 
 
 def _group_pieces(
     pieces: _Pieces, unit: int, expansions: int, budget: int
 ) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
-    """Yield (piece indices, expansion range) of every chunk: first pieces before later ones, longest first."""
-    if not expansions:  # an empty batch
-        return
-    order = np.lexsort((-pieces.blocks, pieces.cut, pieces.order))
-    key = np.stack((pieces.order[order], pieces.cut[order]))
-    edges = np.flatnonzero((key[:, 1:] != key[:, :-1]).any(0)) + 1
-    for group in np.split(order, edges):
+    """Yield (piece indices, expansion range) of every chunk: rows of one piece, longest first, then the others."""
+    whole = (pieces.order == 0) & pieces.last
+    order = np.flatnonzero(whole)
+    order = order[np.lexsort((-pieces.blocks[order], pieces.cut[order]))]
+    for group in np.split(order, np.flatnonzero(np.diff(pieces.cut[order])) + 1):
         at = 0
-        while at < len(group):
+        while expansions and at < len(group):  # else: an empty batch
             longest = int(pieces.blocks[group[at]])
             fits = int(np.searchsorted(-pieces.blocks[group[at:]], -_FILL * longest, side="right"))
             room = max(1, budget // (longest * unit))
@@ -169,3 +172,8 @@ def _group_pieces(
             for low in range(0, expansions, step):
                 yield members, (low, min(low + step, expansions))
             at += take
+    parts = np.flatnonzero(~whole)
+    for row in np.split(parts, np.flatnonzero(pieces.order[parts] == 0)[1:]):
+        for low in range(expansions):
+            for piece in row:
+                yield np.array([piece]), (low, low + 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,6 +58,22 @@ def _copy(blocked: Tensor, tokens: Tensor, into_tokens: bool) -> None:
         blocked.copy_(tokens)
 
 
+def gather_blocks(x: Tensor, index: Tensor, out: Tensor) -> None:
+    """Copy blocks out of a tensor of any strides, without a copy of all of it.
+
+    Args:
+        x: [n0, n1, n2, *block].
+        index: int64[N] into its leading three dimensions, flattened.
+        out: [N, *block].
+    """
+    steps = [torch.arange(n, device=x.device) * step for n, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    begin = (steps[0][:, None, None] + steps[1][:, None] + steps[2]).flatten()
+    last = sum((n - 1) * step for n, step in zip(x.shape[:3], x.stride()[:3], strict=True))
+    # The blocks that begin at any element: index_select then reads those that begin at these.
+    everywhere = x.as_strided((last + 1, *x.shape[3:]), (1, *x.stride()[3:]))
+    torch.index_select(everywhere, 0, begin[index], out=out)
+
+
 @dataclass(frozen=True)
 class QueryBlocks:
     """Packs query-shaped tensors: [B, Sq, Hq, X] ↔ [B · HU · QB, group · block, X].
@@ -63,6 +81,8 @@ class QueryBlocks:
     Attributes:
         batch, head_units, group, blocks, block, tokens: sizes; ``Hq = head_units · group``.
         bounds: the plan's ``q_bounds`` if blocks are irregular, else None.
+        order: int64[B · HU · QB]; the units in the order that they are packed in, or None for their own.
+        device: of all tensors.
     """
 
     batch: int
@@ -72,55 +92,42 @@ class QueryBlocks:
     block: int
     tokens: int
     bounds: Tensor | None
+    order: Tensor | None
+    device: torch.device
 
     @classmethod
-    def of(cls, plan: LayoutPlan, batch: int, head_units: int, group: int) -> QueryBlocks:
+    def of(cls, plan: LayoutPlan, batch: int, head_units: int, group: int, order: Tensor | None = None) -> QueryBlocks:
         """The packing of a plan's queries."""
         block, tokens = plan.block_size[0], plan.seq_len[0]
         bounds = None if _is_regular(plan.q_bounds, block, tokens) else plan.q_bounds
-        return cls(batch, head_units, group, plan.q_blocks, block, tokens, bounds)
-
-    def _views(self, packed: Tensor) -> Tensor:
-        """``packed`` as [B, QB, block, HU, group, X]."""
-        shape = (self.batch, self.head_units, self.blocks, self.group, self.block, packed.shape[-1])
-        return packed.view(shape).permute(0, 2, 4, 1, 3, 5)
+        return cls(batch, head_units, group, plan.q_blocks, block, tokens, bounds, order, plan.device)
 
     def pack(self, x: Tensor, dtype: torch.dtype, empty: Allocator | None = None) -> Tensor:
-        """[B, Sq, Hq, X] → [units, group · block, X], zeros where a block is short.
+        """[B, Sq, Hq, X] → [units, group · block, X], zeros where a block is short; without an order, differentiable.
 
         Args:
             x: the tensor.
             dtype: of the result.
             empty: makes the result's memory; None for fresh memory.
         """
-        units = self.batch * self.head_units * self.blocks
-        short = self.bounds is not None or self.tokens < self.blocks * self.block
-        packed = _allocate(empty, (units, self.group * self.block, x.shape[-1]), dtype, x.device)
-        if packed.numel() == 0:
-            return packed
-        if short:
-            packed.zero_()
-        view, x = self._views(packed), x.unflatten(2, (self.head_units, self.group))
-        if self.bounds is None:
-            _copy_blocks(view, x, self.block, into_tokens=False)
-            return packed
-        token, exists = self._tokens()
-        filled = x.index_select(1, token).unflatten(1, (self.blocks, self.block)).to(dtype)
-        view.copy_(filled.masked_fill_(~exists.view(1, self.blocks, self.block, 1, 1, 1), 0))
-        return packed
+        shape = (self.batch * self.head_units * self.blocks, self.group * self.block, x.shape[-1])
+        if math.prod(shape) == 0:
+            return _allocate(empty, shape, dtype, x.device)
+        blocked = self._filled(x).unflatten(1, (self.blocks, self.block)).unflatten(3, (self.head_units, self.group))
+        blocked = blocked.permute(0, 3, 1, 4, 2, 5)
+        if self.order is None:
+            return blocked.reshape(shape).to(dtype)
+        packed = _allocate(empty, shape, x.dtype, x.device)
+        gather_blocks(blocked, self.order, packed.view(-1, *blocked.shape[3:]))
+        return packed if dtype == x.dtype else _allocate(empty, shape, dtype, x.device).copy_(packed)
 
     def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """The way back; contiguous."""
-        heads = (self.head_units, self.group)
-        out = empty_result((self.batch, self.tokens, *heads, packed.shape[-1]), dtype, packed.device)
-        if out.numel():
-            view = self._views(packed)
-            if self.bounds is None:
-                _copy_blocks(view, out, self.block, into_tokens=True)
-            else:
-                token, exists = self._tokens()
-                out.index_copy_(1, token[exists], view.flatten(1, 2)[:, exists].to(dtype))
-        return out.flatten(2, 3)
+        shape = (self.batch, self.tokens, self.head_units * self.group, packed.shape[-1])
+        if math.prod(shape) == 0:
+            return packed.new_empty(shape, dtype=dtype)
+        out = None if packed.requires_grad else empty_result(shape, packed.dtype, packed.device).flatten(0, 2)
+        return torch.index_select(packed.flatten(0, 1), 0, self._row_of_token, out=out).view(shape).to(dtype)
 
     def pack_rows(self, x: Tensor, empty: Allocator | None = None) -> Tensor:
         """[B, Hq, Sq] → [units, group · block, 1] (LSE, delta)."""
@@ -130,9 +137,28 @@ class QueryBlocks:
         """[units, group · block] → [B, Hq, Sq]."""
         return self.unpack(packed.unsqueeze(-1), packed.dtype).squeeze(-1).transpose(1, 2).contiguous()
 
-    def _tokens(self) -> tuple[Tensor, Tensor]:
-        assert self.bounds is not None
-        return _token_index(self.bounds, torch.arange(self.blocks, device=self.bounds.device), self.block)
+    def _filled(self, x: Tensor) -> Tensor:
+        """``x`` with as many tokens in every block: [B, QB · block, Hq, X]."""
+        if self.bounds is None:
+            missing = self.blocks * self.block - self.tokens
+            return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+        token, exists = _token_index(self.bounds, torch.arange(self.blocks, device=x.device), self.block)
+        return x.index_select(1, token).masked_fill(~exists[:, None, None], 0)
+
+    @cached_property
+    def _row_of_token(self) -> Tensor:
+        """int64[B · Sq · Hq]; where the vectors of tokens are packed."""
+        units = torch.arange(self.batch * self.head_units * self.blocks, device=self.device)
+        place = units if self.order is None else torch.empty_like(units).index_copy_(0, self.order, units)
+        token = torch.arange(self.tokens, device=self.device)
+        if self.bounds is None:
+            block, within = token // self.block, token % self.block
+        else:
+            block = torch.searchsorted(self.bounds[1:], token, right=True)
+            within = token - self.bounds[block]
+        row = place.view(self.batch, self.head_units, -1)[:, :, block] * (self.group * self.block) + within
+        in_group = torch.arange(self.group, device=self.device) * self.block
+        return (row.transpose(1, 2)[..., None] + in_group).flatten()
 
 
 @dataclass(frozen=True)

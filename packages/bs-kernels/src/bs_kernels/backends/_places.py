@@ -65,10 +65,15 @@ class ChunkPlace:
 
     Scores of a chunk are viewed as ``[E, R, g, bq, n, bk]``: expansions, layout rows, query heads of the unit, query
     tokens, key blocks of the row, key tokens.
+
+    Args:
+        facts: about the plan.
+        chunk: the chunk.
+        span: the range of its units in the order of chunks.
     """
 
-    def __init__(self, facts: PlanFacts, chunk: Chunk) -> None:
-        self.facts, self.chunk = facts, chunk
+    def __init__(self, facts: PlanFacts, chunk: Chunk, span: slice) -> None:
+        self.facts, self.chunk, self.span = facts, chunk, span
         rows, n = chunk.blocks.shape
         block_q, block_k = facts.block_size
         self.shape = (chunk.expand[1] - chunk.expand[0], rows, facts.grouping.group, block_q, n, block_k)
@@ -105,7 +110,7 @@ class ChunkPlace:
 
     @cached_property
     def q_index(self) -> Tensor:
-        """int64[E · R]; units in packed query tensors."""
+        """int64[E · R]; the units, in the order of layouts."""
         head_units = self.facts.grouping.head_units
         return ((self.batch * head_units + self.head_unit) * self.facts.q_blocks + self.q_block).flatten()
 
@@ -166,10 +171,40 @@ class ChunkPlace:
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """All chunks of a plan for one batch shape."""
+    """All chunks of a plan for one batch shape.
+
+    Attributes:
+        schedule: the schedule.
+        chunks: where its chunks lie.
+        units: how many units there are.
+        busy: how many of them have a key block.
+    """
 
     schedule: Schedule
     chunks: tuple[ChunkPlace, ...]
+    units: int
+    busy: int
+
+    @classmethod
+    def of(cls, plan: LayoutPlan, grouping: Grouping, schedule: Schedule) -> Places:
+        """The places of a schedule."""
+        facts = PlanFacts(plan, grouping, schedule.used)
+        places: list[ChunkPlace] = []
+        begin = end = 0
+        for chunk in schedule.chunks:
+            if chunk.first:
+                begin, end = end, end + len(chunk.rows) * (chunk.expand[1] - chunk.expand[0])
+            places.append(ChunkPlace(facts, chunk, slice(begin, end)))
+        return cls(schedule, tuple(places), grouping.batch * grouping.head_units * plan.q_blocks, end)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """int64[units]; all units, in the order of chunks and then those without key blocks."""
+        first = [place.q_index for place in self.chunks if place.chunk.first]
+        at = torch.full((self.units,), self.units, device=self.schedule.used.device)
+        if first:
+            at[torch.cat(first)] = torch.arange(self.busy, device=at.device)
+        return at.argsort(stable=True)
 
 
 def places_of(plan: LayoutPlan, grouping: Grouping, budget: int) -> Places:
@@ -186,7 +221,6 @@ def places_of(plan: LayoutPlan, grouping: Grouping, budget: int) -> Places:
     )
 
     def build() -> Places:
-        facts = PlanFacts(plan, grouping, schedule.used)
-        return Places(schedule, tuple(ChunkPlace(facts, chunk) for chunk in schedule.chunks))
+        return Places.of(plan, grouping, schedule)
 
     return build() if schedule.bytes_placed > _KEEP else derived(plan, ("places", grouping, *key), build)

@@ -68,7 +68,7 @@ class _Run(ExitStack):
         self.places = places_of(plan, grouping, _budget(call.q.device))
         used = self.places.schedule.used
         self.frame = Frame(call, used)
-        self.queries = QueryBlocks.of(plan, batch, self.head_units, self.group)
+        self.queries = QueryBlocks.of(plan, batch, self.head_units, self.group, self.places.order)
         self.keys = KeyBlocks.of(plan, used, call.k, batch, call.page_table)
         self.rows = self.group * plan.block_size[0]
         narrow = call.q.dtype == torch.bfloat16 and call.q.device.type == "cpu" and _multiplies_bfloat16()
@@ -81,31 +81,40 @@ class _Run(ExitStack):
     def _full(self, shape: tuple[int, ...], value: float) -> Tensor:
         return self.empty(shape, self.dtype).fill_(value)
 
+    def _rows(self, width: int, dtype: torch.dtype, idle: float = 0) -> Tensor:
+        """[units, rows, width] in the order of chunks: ``idle`` where there are no key blocks, else uninitialised."""
+        rows = self.empty((self.places.units, self.rows, width), dtype)
+        rows[self.places.busy :].fill_(idle)
+        return rows
+
     def forward(self, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Output and LSE, chunk by chunk; later pieces of a long row merge with the earlier ones."""
+        """Output and LSE, chunk by chunk; the pieces of a long row merge."""
         call = self.call
         q = self.queries.pack(call.q, self.operand, self.empty)
         k, v = (self.keys.pack(x, self.operand, self.empty).flatten(1) for x in (call.k, call.v))
         dim_v = call.v.shape[-1]
-        out = self._full((q.shape[0], self.rows, dim_v), 0)
-        lse = self._full((q.shape[0], self.rows, 1), _NEG_INF)  # in units of log 2 until the end
+        out = self._rows(dim_v, out_dtype if call.sinks is None else self.dtype)
+        lse = self._rows(1, self.dtype, _NEG_INF)  # in units of log 2 until the end
         tiles = _Tiles(self, max(call.q.shape[-1], dim_v), scores=1, operands=2)
+        merged: tuple[Tensor, Tensor] | None = None
         for place in self.places.chunks:
             at, chunk = ChunkScores(self.frame, place), place.chunk
             k_c, v_c = self._gather(k, place, tiles.operands[0]), self._gather(v, place, tiles.operands[1])
             (weights,) = tiles.view_scores(k_c)
-            self._scores(q.index_select(0, place.q_index), k_c, tiles, weights)
+            self._scores(q[place.span], k_c, tiles, weights)
             at.apply_(weights, _LOG2_E)
             total, lse_c = _exponentiate_(weights)
             if call.dropout_p:
                 weights.view(at.shape).mul_(at.keep()).div_(1 - call.dropout_p)
-            out_c = torch.bmm(tiles.as_operand(weights), v_c).to(self.dtype).div_(total)
-            if not chunk.first:
-                out_c, lse_c = _merge(
-                    out.index_select(0, place.q_index), lse.index_select(0, place.q_index), out_c, lse_c
-                )
-            out.index_copy_(0, place.q_index, out_c)
-            lse.index_copy_(0, place.q_index, lse_c)
+            out_c = torch.bmm(tiles.as_operand(weights), v_c)
+            if chunk.first and chunk.last:
+                torch.div(out_c, total, out=out[place.span])
+                lse[place.span] = lse_c
+                continue
+            out_c = out_c.to(self.dtype).div_(total)
+            merged = (out_c, lse_c) if chunk.first or merged is None else _merge(*merged, out_c, lse_c)
+            if chunk.last:
+                out[place.span], lse[place.span] = merged
         lse.div_(_LOG2_E)
         if call.sinks is not None:
             lse = self._add_sinks_(out, lse, call.sinks)
@@ -118,23 +127,24 @@ class _Run(ExitStack):
         k, v = (self.keys.pack(x, self.operand, self.empty).flatten(1) for x in (call.k, call.v))
         lse, delta = (self.queries.pack_rows(x, self.empty) for x in (lse, delta))
         lse.masked_fill_(lse == _NEG_INF, float("inf")).mul_(_LOG2_E)  # 2^(score − inf) = 0, also if the score is −inf
-        dq, dk, dv = (self._full(tuple(x.shape), 0) for x in (q, k, v))
+        dq, (dk, dv) = self._rows(q.shape[-1], grad_dtype), (self._full(tuple(x.shape), 0) for x in (k, v))
         d_attn = self._gradient_of(call.attn_bias, needs.attn_bias)
         d_block = self._gradient_of(call.block_bias, needs.block_bias)
         tiles = _Tiles(self, max(q.shape[-1], do.shape[-1]), scores=2, operands=2)
+        summed: Tensor | None = None
         for place in self.places.chunks:
             at, chunk = ChunkScores(self.frame, place), place.chunk
             k_c, v_c = self._gather(k, place, tiles.operands[0]), self._gather(v, place, tiles.operands[1])
-            q_c, do_c = q.index_select(0, place.q_index), do.index_select(0, place.q_index)
+            q_c, do_c = q[place.span], do[place.span]
             weights, dscores = tiles.view_scores(k_c)
             self._scores(q_c, k_c, tiles, weights)
             at.apply_(weights, _LOG2_E)
-            weights.sub_(lse.index_select(0, place.q_index)).exp2_()
+            weights.sub_(lse[place.span]).exp2_()
             keep = at.keep() if call.dropout_p else None
             dweights = torch.bmm(do_c, v_c.transpose(1, 2), out=tiles.view_product(dscores))
             if keep is not None:
                 dweights.view(at.shape).mul_(keep).div_(1 - call.dropout_p)
-            torch.sub(dweights, delta.index_select(0, place.q_index), out=dscores).mul_(weights)
+            torch.sub(dweights, delta[place.span], out=dscores).mul_(weights)
             if keep is not None:
                 weights.view(at.shape).mul_(keep).div_(1 - call.dropout_p)
             self._add_keys_(dv, place, tiles.as_operand(weights), do_c, tiles)
@@ -143,12 +153,15 @@ class _Run(ExitStack):
             if d_attn is not None:
                 add_rows_(d_attn.view(-1), *at.attn_bias_gradient(dscores))
             dscores = tiles.as_operand(dscores)
-            dq_c = torch.bmm(dscores, k_c).to(self.dtype)
-            dq.index_copy_(0, place.q_index, dq_c if chunk.first else dq_c.add_(dq.index_select(0, place.q_index)))
+            dq_c = torch.bmm(dscores, k_c)
+            if not (chunk.first and chunk.last):
+                dq_c = summed = dq_c.to(self.dtype) if chunk.first or summed is None else summed.add_(dq_c)
+            if chunk.last:
+                torch.mul(dq_c, call.scale, out=dq[place.span])
             self._add_keys_(dk, place, dscores, q_c, tiles)
         block = call.plan.block_size[1]
         return Gradients(
-            self.queries.unpack(dq.mul_(call.scale), grad_dtype),
+            self.queries.unpack(dq, grad_dtype),
             self.keys.unpack(dk.mul_(call.scale).view(-1, block, q.shape[-1]), call.k, grad_dtype),
             self.keys.unpack(dv.view(-1, block, do.shape[-1]), call.v, grad_dtype),
             d_attn,
@@ -167,12 +180,11 @@ class _Run(ExitStack):
 
     def _add_sinks_(self, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
         """Let sinks join the softmax: rescale ``out`` in place and return the LSE with them."""
-        call, plan = self.call, self.call.plan
-        shape = (call.q.shape[0], self.head_units, plan.q_blocks, self.group, plan.block_size[0], 1)
         logits = sinks.to(self.dtype).view(1, self.head_units, 1, self.group, 1, 1)
-        total = torch.logaddexp(lse.view(shape), logits)
-        out.view(*shape[:-1], -1).mul_(torch.exp(lse.view(shape) - total))
-        return total.view_as(lse)
+        shape = (self.call.q.shape[0], self.head_units, self.call.plan.q_blocks, self.group, self.rows // self.group, 1)
+        total = torch.logaddexp(lse, logits.expand(shape).flatten(0, 2)[self.places.order].view_as(lse))
+        out.mul_(torch.exp(lse - total))
+        return total
 
     def _gather(self, pool: Tensor, place: ChunkPlace, buffer: Tensor) -> Tensor:
         """Key blocks of a chunk: [units, n · bk, X]."""
