@@ -59,6 +59,7 @@ class Schedule:
         used: int64[U]; the key blocks that any row reads, ascending; all blocks if that is most of them.
         chunks: the chunks.
         workspace: elements of the largest chunk's score tile.
+        units: of the chunk with the most.
         gathered: key tokens of the largest chunk, over all its units.
         bytes_placed: bytes of the index and mask tensors that say where all units lie.
     """
@@ -66,6 +67,7 @@ class Schedule:
     used: Tensor
     chunks: tuple[Chunk, ...]
     workspace: int
+    units: int
     gathered: int
     bytes_placed: int
 
@@ -102,13 +104,14 @@ def build_schedule(plan: LayoutPlan, group: int, expansions: int, budget: int) -
     piece_blocks = max(1, budget // unit)
     pieces = _split_rows(counts, cuts, starts, piece_blocks)
     chunks: list[Chunk] = []
-    largest = gathered = bytes_placed = 0
+    largest = most = gathered = bytes_placed = 0
     for members, expand in _group_pieces(pieces, unit, expansions, budget):
         n = int(pieces.blocks[members].max())
         padding = n - pieces.blocks[members]
         take = pieces.start[members, None] + np.maximum(np.arange(n) - padding[:, None], 0)
         units = len(members) * (expand[1] - expand[0])
-        largest, gathered = max(largest, units * n * unit), max(gathered, units * n * block_kv)
+        largest, most = max(largest, units * n * unit), max(most, units)
+        gathered = max(gathered, units * n * block_kv)
         cut = int(pieces.cut[members[0]])
         bytes_placed += units * (n + 4) * 8 + len(members) * cut * block_q * block_kv
         on_device = [
@@ -126,7 +129,7 @@ def build_schedule(plan: LayoutPlan, group: int, expansions: int, budget: int) -
             )
         )
     on_device = torch.from_numpy(used.astype(np.int64)).to(plan.device)
-    return Schedule(on_device, tuple(chunks), largest, gathered, bytes_placed)
+    return Schedule(on_device, tuple(chunks), largest, most, gathered, bytes_placed)
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class QueryBlocks:
         if self.bounds is None:
             missing = self.blocks * self.block - self.tokens
             return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
-        token, exists = _token_index(self.bounds, torch.arange(self.blocks, device=x.device), self.block)
+        token, exists = self._tokens()
         return x.index_select(1, token).masked_fill(~exists[:, None, None], 0)
 
     @cached_property
@@ -150,15 +150,15 @@ class QueryBlocks:
         """int64[B · Sq · Hq]; where the vectors of tokens are packed."""
         units = torch.arange(self.batch * self.head_units * self.blocks, device=self.device)
         place = units if self.order is None else torch.empty_like(units).index_copy_(0, self.order, units)
-        token = torch.arange(self.tokens, device=self.device)
-        if self.bounds is None:
-            block, within = token // self.block, token % self.block
-        else:
-            block = torch.searchsorted(self.bounds[1:], token, right=True)
-            within = token - self.bounds[block]
-        row = place.view(self.batch, self.head_units, -1)[:, :, block] * (self.group * self.block) + within
-        in_group = torch.arange(self.group, device=self.device) * self.block
-        return (row.transpose(1, 2)[..., None] + in_group).flatten()
+        first = place.view(self.batch, self.head_units, self.blocks).transpose(1, 2) * (self.group * self.block)
+        row = torch.arange(self.group * self.block, device=self.device).view(self.group, self.block).T
+        row = (first[:, :, None, :, None] + row[:, None]).flatten(1, 2)  # [B, QB · block, HU, group]
+        row = row[:, : self.tokens] if self.bounds is None else row[:, self._tokens()[1]]
+        return row.flatten()
+
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        assert self.bounds is not None
+        return _token_index(self.bounds, torch.arange(self.blocks, device=self.device), self.block)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class ChunkPlace:
 
     @cached_property
     def outside_band(self) -> Tensor:
-        """bool[1, R, 1, bq, cut, bk]; pairs of the trailing blocks that the band drops or that do not exist."""
+        """bool[1, R or 1, 1, bq, cut, bk]; pairs of the trailing blocks that the band drops or that do not exist."""
         facts = self.facts
         blocks = self.chunk.blocks[:, self.chunk.blocks.shape[1] - self.chunk.cut :]
         outside = (facts.k_token >= facts.k_length[blocks][..., None])[:, None]
@@ -160,7 +160,17 @@ class ChunkPlace:
             outside = outside | (distance > hi)
         if lo > -UNBOUNDED:
             outside = outside | (distance < lo)
+        if outside.device.type == "cpu" and bool((outside == outside[:1]).all()):  # as along a diagonal
+            outside = outside[:1].clone()
         return outside[None, :, None]
+
+    @cached_property
+    def band_bits(self) -> tuple[Tensor, Tensor] | None:
+        """``outside_band`` for float32 scores as int32 of bits to keep and bits to set, where all rows share it."""
+        outside = self.outside_band
+        if outside.device.type != "cpu" or outside.shape[1] > 1:
+            return None
+        return outside.to(torch.int32) - 1, torch.where(outside, float("-inf"), 0.0).view(torch.int32)
 
     @cached_property
     def repeats(self) -> Tensor:

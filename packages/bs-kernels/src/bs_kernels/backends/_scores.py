@@ -82,7 +82,7 @@ class ChunkScores:
             else:
                 s.add_(self.attn_bias_values(s.dtype), alpha=unit)
         if chunk.cut:
-            s[..., self.shape[4] - chunk.cut :, :].masked_fill_(place.outside_band, _NEG_INF)
+            self._drop_outside_band_(s[..., self.shape[4] - chunk.cut :, :])
         if chunk.max_padding:
             s[..., : chunk.max_padding, :].masked_fill_(place.repeats, _NEG_INF)
         if frame.masked_keys is not None:
@@ -91,6 +91,13 @@ class ChunkScores:
             of_query = frame.q_segments[place.batch, place.q_block][:, :, None, :, None, None]
             of_key = frame.kv_segments[place.batch[..., None], chunk.blocks][:, :, None, None]
             s.masked_fill_(of_query != of_key, _NEG_INF)
+
+    def _drop_outside_band_(self, scores: Tensor) -> None:
+        bits = self.place.band_bits if scores.dtype == torch.float32 else None
+        if bits is None:
+            scores.masked_fill_(self.place.outside_band, _NEG_INF)
+        else:  # what masked_fill_ does one by one, many at once
+            scores.view(torch.int32).bitwise_and_(bits[0]).bitwise_or_(bits[1])
 
     def keep(self) -> Tensor:
         """bool ``[E, R, g, bq, n, bk]``; which probabilities dropout keeps."""

@@ -1,9 +1,10 @@
 """The `torch` backend: block-sparse attention as chunks of batched matrix products, on any device and in any dtype.
 
-Q, K and V are copied head-major once; chunks of rows gather their key blocks, so that every product is dense. Nothing
-larger than a chunk's score tile is ever held. Scores are products in the accumulation dtype, in units of log 2, since
-torch computes 2^x several times faster than e^x. The other products take bfloat16 operands where the inputs are
-bfloat16 and the CPU has instructions for them; sums over chunks stay float32. Same bits from run to run.
+Q, K and V are copied head-major once, Q in the order of chunks; chunks of rows gather their key blocks, so that every
+product is dense. Nothing larger than a chunk's score tile is ever held. Scores are products in the accumulation dtype,
+in units of log 2, since torch computes 2^x several times faster than e^x. The other products take bfloat16 operands
+where the inputs are bfloat16 and the CPU has instructions for them; sums over chunks stay float32. Same bits from run
+to run.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ __all__ = ["TorchBackend"]
 _NEG_INF = float("-inf")
 _LOG2_E = math.log2(math.e)
 
-#: Elements of a chunk's score tile: for each CPU thread about a core's L2 cache, elsewhere enough to fill a GPU.
-_PER_THREAD = 1 << 18
+#: What a chunk's score tile, keys and values are for each CPU thread, in elements of scores: a few L2 caches.
+_PER_THREAD = 3 << 18
 _MOST_THREADS = 16  # beyond, more workspace buys nothing
+#: Elements of a chunk's score tile that fill a GPU.
 _ELSEWHERE = 1 << 25
 
 
@@ -65,14 +67,15 @@ class _Run(ExitStack):
         self.dtype = call.accumulate_dtype
         grouping = Grouping.of(plan, batch, q_heads, kv_heads)
         self.group, self.head_units = grouping.group, grouping.head_units
-        self.places = places_of(plan, grouping, _budget(call.q.device))
+        self.rows = self.group * plan.block_size[0]
+        narrow = call.q.dtype == torch.bfloat16 and call.q.device.type == "cpu" and _multiplies_bfloat16()
+        self.operand = torch.bfloat16 if narrow else self.dtype
+        width = (call.q.shape[3] + call.v.shape[3]) * self.operand.itemsize // self.dtype.itemsize
+        self.places = places_of(plan, grouping, _budget(call.q.device, self.rows, width))
         used = self.places.schedule.used
         self.frame = Frame(call, used)
         self.queries = QueryBlocks.of(plan, batch, self.head_units, self.group, self.places.order)
         self.keys = KeyBlocks.of(plan, used, call.k, batch, call.page_table)
-        self.rows = self.group * plan.block_size[0]
-        narrow = call.q.dtype == torch.bfloat16 and call.q.device.type == "cpu" and _multiplies_bfloat16()
-        self.operand = torch.bfloat16 if narrow else self.dtype
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised workspace, given back when the call is done."""
@@ -106,12 +109,12 @@ class _Run(ExitStack):
             total, lse_c = _exponentiate_(weights)
             if call.dropout_p:
                 weights.view(at.shape).mul_(at.keep()).div_(1 - call.dropout_p)
-            out_c = torch.bmm(tiles.as_operand(weights), v_c)
+            out_c = torch.bmm(tiles.as_operand(weights), v_c, out=tiles.view_rows(weights, v_c))
             if chunk.first and chunk.last:
                 torch.div(out_c, total, out=out[place.span])
                 lse[place.span] = lse_c
                 continue
-            out_c = out_c.to(self.dtype).div_(total)
+            out_c = out_c / total
             merged = (out_c, lse_c) if chunk.first or merged is None else _merge(*merged, out_c, lse_c)
             if chunk.last:
                 out[place.span], lse[place.span] = merged
@@ -153,9 +156,9 @@ class _Run(ExitStack):
             if d_attn is not None:
                 add_rows_(d_attn.view(-1), *at.attn_bias_gradient(dscores))
             dscores = tiles.as_operand(dscores)
-            dq_c = torch.bmm(dscores, k_c)
+            dq_c = torch.bmm(dscores, k_c, out=tiles.view_rows(dscores, k_c))
             if not (chunk.first and chunk.last):
-                dq_c = summed = dq_c.to(self.dtype) if chunk.first or summed is None else summed.add_(dq_c)
+                dq_c = summed = dq_c.to(self.dtype, copy=True) if chunk.first or summed is None else summed.add_(dq_c)
             if chunk.last:
                 torch.mul(dq_c, call.scale, out=dq[place.span])
             self._add_keys_(dk, place, dscores, q_c, tiles)
@@ -175,7 +178,8 @@ class _Run(ExitStack):
 
     def _add_keys_(self, into: Tensor, place: ChunkPlace, left: Tensor, right: Tensor, tiles: _Tiles) -> None:
         """Add ``leftᵀ @ right`` to a packed gradient of keys or values."""
-        part = torch.bmm(left.transpose(1, 2), right, out=tiles.view_keys(left, right))
+        left = left.transpose(1, 2)
+        part = torch.bmm(left, right, out=tiles.view_rows(left, right))
         add_rows_(into, place.kv_index, tiles.widened(part).view(place.kv_index.numel(), -1))
 
     def _add_sinks_(self, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -213,7 +217,7 @@ class _Tiles:
         self.narrow = run.operand != run.dtype
         self.scores = run.empty((scores, schedule.workspace), run.dtype)
         self.operands = run.empty((operands, gathered), run.operand)
-        self.part = run.empty((gathered,), run.operand)
+        self.part = run.empty((max(gathered, schedule.units * run.rows * width),), run.operand)
         self.wide = run.empty((gathered if self.narrow else 0,), run.dtype)
         self.product = run.empty((schedule.workspace if self.narrow else 0,), run.operand)
 
@@ -234,17 +238,17 @@ class _Tiles:
         """``x`` (keys of a chunk) in the accumulation dtype."""
         return self.wide[: x.numel()].view(x.shape).copy_(x) if self.narrow else x
 
-    def view_keys(self, left: Tensor, right: Tensor) -> Tensor:
-        """Where ``leftᵀ @ right`` goes."""
-        shape = (left.shape[0], left.shape[2], right.shape[2])
+    def view_rows(self, left: Tensor, right: Tensor) -> Tensor:
+        """Where ``left @ right`` goes, until the next product that is no score."""
+        shape = (left.shape[0], left.shape[1], right.shape[2])
         return self.part[: math.prod(shape)].view(shape)
 
 
-def _budget(device: torch.device) -> int:
-    """Elements of a chunk's score tile."""
+def _budget(device: torch.device, rows: int, width: int) -> int:
+    """Elements of a chunk's score tile, where units have ``rows`` and a key and its value are as large as ``width``."""
     if device.type != "cpu":
         return _ELSEWHERE
-    return _PER_THREAD * min(torch.get_num_threads(), _MOST_THREADS)
+    return _PER_THREAD * min(torch.get_num_threads(), _MOST_THREADS) * rows // (rows + width)
 
 
 @functools.cache
