@@ -113,7 +113,7 @@ def test_long_rows_are_split_into_pieces(monkeypatch):
     """A row whose scores exceed the workspace is computed in pieces that merge."""
     from bs_kernels.backends import torch_blocks
 
-    monkeypatch.setattr(torch_blocks, "_PER_THREAD", 3 * 8 * 8)
+    monkeypatch.setattr(torch_blocks, "_PER_THREAD", 3 * 8 * (8 + 8 + 8))  # three blocks of scores
     monkeypatch.setattr(torch_blocks, "_MOST_THREADS", 1)
     for heads in (1, 4):
         layout = make_layout(np.random.default_rng(3), seq_len=(40, 100), block_size=(8, 8), heads=heads, density=0.7)
