@@ -181,7 +181,8 @@ class Dense:
 
     Attributes:
         values: out, dq, dk, dv.
-        sizes: of each, the largest sum of the absolute values of its terms: what rounding is relative to.
+        sizes: of each, the largest sum of the absolute values of its terms: what rounding terms is relative to.
+        sums: the same with |dS| before its two parts cancel: what the errors of sums are relative to.
         bias_sizes: the same for the gradients of attn_bias and of block_bias (bounded by the sum over all pairs).
     """
 
@@ -196,7 +197,7 @@ class Dense:
         p = REFERENCE.forward(replace(one_hot, dropout_p=0.0), torch.float64)[0].transpose(1, 2)
         dp = do @ v.mT
         ds = (dropped * dp - p * delta[..., None]) * call.scale
-        size = dropped * dp.abs() + p * delta.abs()[..., None]
+        size = dropped * (do.abs() @ v.abs().mT) + p * delta.abs()[..., None]
         self.bias_sizes = {"block_bias": size.sum().item()}
         if call.attn_bias is not None:
             self.bias_sizes["attn_bias"] = size.sum_to_size(call.attn_bias.shape).max().item()
@@ -206,9 +207,10 @@ class Dense:
             return [x.transpose(1, 2) for x in (p @ v, ds @ k)] + [to_pages(x, call) for x in of_keys]
 
         self.values = gradients(dropped.to(dtype).double(), ds.to(dtype).double(), q, k, v, do)
-        self.sizes = [
-            x.max().item() if x.numel() else 0.0 for x in gradients(*(x.abs() for x in (dropped, ds, q, k, v, do)))
-        ]
+        self.sizes, self.sums = (
+            [x.max().item() if x.numel() else 0.0 for x in gradients(*(x.abs() for x in (dropped, of, q, k, v, do)))]
+            for of in (ds, size * call.scale)
+        )
 
 
 def to_pages(gradient: Tensor, call: Call) -> Tensor:
@@ -243,7 +245,9 @@ def run_and_check(case: Case, dtype: torch.dtype, isas: Sequence[str], monkeypat
     # A score near `logit` is known to eps · logit in the accumulation dtype: the relative error of its probability.
     known = 8 * torch.finfo(torch.float32).eps * (4 + logit)
     unit = known + torch.finfo(dtype).eps / 2
-    bands = [unit * size + known for size in dense.sizes]
+    bands = [
+        torch.finfo(dtype).eps / 2 * size + known * (1 + of) for size, of in zip(dense.sizes, dense.sums, strict=True)
+    ]
     for isa in isas:
         monkeypatch.setenv("BS_KERNELS_ISA", isa)
         out, got_lse = NATIVE.forward(call, torch.float32)
@@ -304,6 +308,9 @@ EDGES = {
     "dropout of nothing": replace(PLAIN, dropout=1e-12),
     "dropout of nearly all": replace(PLAIN, dropout=0.999),
     "dropout, odd keys": replace(PLAIN, dropout=0.2, block_size=(7, 17), per_head=True),
+    "one key a query": Case(
+        1, 1, 1, (159, 22), (3, 52), (1, 16), 0.2, mask=TokenMask(causal=True, window=(0, 0)), dropout=0.7, seed=207
+    ),
     "pages": replace(PLAIN, pages="own", padding=True),
     "shared pages": replace(PLAIN, pages="shared", per_head=True, density=0.3),
     "shared pages, causal": replace(PLAIN, pages="shared", mask=TokenMask(causal=True), block_size=(16, 16)),
