@@ -81,7 +81,6 @@ class Backward {
  private:
   friend class BiasGradient<V>;
   static constexpr long L = 2 * V::W;
-  static constexpr long kCached = 16 << 20;  // bytes
   // Tiles that share one product into dK and dV; narrow vectors leave more of the first cache to their sums than that saves.
   static constexpr int kJoint = V::W >= 16 ? 2 : 1;
   static constexpr long kRowUnits = kJoint * L / V::PAIR;  // operands of a row of p_rows and ds_rows
@@ -141,12 +140,10 @@ class Backward {
     return n;
   }
 
-  // Five products with the heads dealt to threads, or seven (and panels loaded per block) perfectly balanced? Products of bf16 are so
-  // quick that sums of all keys of a head, once no thread's share of a cache holds them, cost more than two products more.
+  // Five products with the heads dealt to threads, or seven (and panels loaded per block) perfectly balanced?
   bool heads_are_faster() const {
     const long heads = c_.batch * c_.kv_heads, threads = c_.num_threads;
     if (threads == 1) return true;
-    if (V::PAIR == 2 && c_.kv_len * (d_pad_ + v_pad_) * 4 >= kCached) return false;
     const long rounds = (heads + threads - 1) / threads;
     return double(rounds) <= 1.6 * double(heads) / double(threads);
   }
