@@ -210,3 +210,22 @@ def test_bad_pairs(at, value, match):
     given_[at] = value
     with pytest.raises(ValueError, match=match):
         block_scores(*given_)
+
+
+def test_tensors_elsewhere_are_refused():
+    x, weights, biases = perceptron(15, (1, 2, 7, 8), (16,))
+    for at, name in ((0, "weights"), (1, "biases")):
+        layers = [weights, biases]
+        layers[at] = [layers[at][0].to("meta")]
+        with pytest.raises(ValueError, match=rf"{name}\[0\]: expected device cpu, got meta"):
+            head_perceptron(x, *layers)
+    given_ = pairs(16, 1, (2, 1), (5, 6), 8, 4, "max")
+    for at, name in ((1, "keys"), (3, "gain"), (4, "slope"), (5, "distance")):
+        with pytest.raises(ValueError, match=f"{name}: expected device cpu, got meta"):
+            block_scores(*given_[:at], given_[at].to("meta"), *given_[at + 1 :])
+
+
+def test_other_dtypes_are_refused():
+    queries, keys, *rest = pairs(17, 1, (2, 1), (5, 6), 8, 4, "max")
+    with pytest.raises(TypeError, match=r"keys: expected the floating-point dtype of queries, .*, got .*int64"):
+        block_scores(queries, keys.long(), *rest)

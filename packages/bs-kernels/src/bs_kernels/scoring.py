@@ -36,7 +36,7 @@ def head_perceptron(
 
     Raises:
         TypeError: ``x`` is not a floating-point tensor.
-        ValueError: shapes that do not fit, or no layers.
+        ValueError: shapes or devices that do not fit, or no layers.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
@@ -51,6 +51,7 @@ def head_perceptron(
         width = weight.shape[2]
         if bias.shape != (x.shape[1], 1, width):
             raise ValueError(f"biases[{i}]: expected {[x.shape[1], 1, width]}, got {list(bias.shape)}")
+        _check_device(x.device, **{f"weights[{i}]": weight, f"biases[{i}]": bias})
     if is_plain([x, *weights, *biases]) and (made := native_perceptron(x, weights, biases, _EPSILON)) is not None:
         return made
     wide, dtype = torch.promote_types(x.dtype, torch.float32), dtype or x.dtype
@@ -94,7 +95,8 @@ def block_scores(
         [B, H, QB, KB] in the dtype of ``queries``.
 
     Raises:
-        ValueError: shapes that do not fit, or unknown terms.
+        TypeError: queries, keys and embeddings are not of one floating-point dtype.
+        ValueError: shapes or devices that do not fit, or unknown terms.
 
     Source: the bound: Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", 2024.
     """
@@ -128,6 +130,8 @@ def _check_scores(
 ) -> None:
     if terms not in _TERMS:
         raise ValueError(f"terms: expected one of {', '.join(_TERMS)}, got {terms!r}")
+    if len(embeddings) != 2:
+        raise ValueError(f"embeddings: expected those of queries and of keys, got {len(embeddings)}")
     if queries.ndim != 5 or not queries.shape[3]:
         raise ValueError(f"queries: expected [B, H, QB, P, D] with at least one part, got {list(queries.shape)}")
     batch, heads, q_blocks, _, dim = queries.shape
@@ -137,6 +141,10 @@ def _check_scores(
     kv_heads, kv_blocks = keys.shape[1:3]
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"keys: expected a number of heads that divides {heads}, got {kv_heads}")
+    for name, got in (("keys", keys), ("embeddings[0]", embeddings[0]), ("embeddings[1]", embeddings[1])):
+        if not queries.is_floating_point() or got.dtype != queries.dtype:
+            raise TypeError(f"{name}: expected the floating-point dtype of queries, {queries.dtype}, got {got.dtype}")
+    _check_device(queries.device, keys=keys)
     rank = embeddings[0].shape[-1] if embeddings[0].ndim == 4 else "R"
     for name, got, want in (
         ("embeddings[0]", embeddings[0], [batch, heads, q_blocks, rank]),
@@ -147,3 +155,10 @@ def _check_scores(
     ):
         if list(got.shape) != want:
             raise ValueError(f"{name}: expected {want}, got {list(got.shape)}")
+        _check_device(queries.device, **{name: got})
+
+
+def _check_device(device: torch.device, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
