@@ -6,6 +6,8 @@
 // row as the plan lists them, for a key first the heads of the group and then rows ascending. So the choice, and with it
 // the thread count, never changes bits. A page that several blocks read is summed by blocks, its readers in order.
 #pragma once
+#include <algorithm>
+
 #include "bias_gradient.h"
 #include "dropout.h"
 #include "pages.h"
@@ -30,8 +32,10 @@ class Backward {
   int run(int64_t* need) {
     bool by_heads = c_.split == BSA_SPLIT_AUTO ? heads_are_faster() : c_.split == BSA_SPLIT_HEADS;
     const long largest = largest_block();
-    const long sums = (by_heads ? c_.kv_len : largest) * (d_pad_ + v_pad_);
-    const long own = round_up(sums + kTiles * tile_floats() + scratch_floats() + (by_heads ? c_.kv_blocks / 4 + 1 : 0), 16);
+    const long stretch = by_heads ? stretch_tokens(largest) : largest;
+    const long kept = by_heads && stretch < c_.kv_len ? layout_.group() * c_.q_len * d_pad_ : 0;
+    const long own = round_up(stretch * (d_pad_ + v_pad_) + kept + kTiles * tile_floats() + scratch_floats() +
+                                  (by_heads ? c_.kv_blocks / 4 + 1 : 0), 16);
     Arena arena;
     arena.plan(c_.num_threads * own * 4);
     arena.plan(keys_.bytes());
@@ -61,13 +65,13 @@ class Backward {
     const long column_tasks = c_.page_table ? c_.kv_heads * readers_.count : heads * c_.kv_blocks;
     run_team(c_.num_threads, [&](int thread) {
       const TileRegion<V> tiles;
-      Space s(*this, space + thread * own, by_heads ? c_.kv_len : largest);
+      Space s(*this, space + thread * own, stretch, kept);
       if (preparation.items()) {
         for (long x; (x = packs.take()) < preparation.items();) preparation.item(x);
         if (c_.num_threads > 1) barrier();
       }
       if (by_heads) {
-        for (long x; (x = columns.take()) < heads;) head_task(x / c_.kv_heads, x % c_.kv_heads, s);
+        for (long x; (x = columns.take()) < heads;) head_task(x / c_.kv_heads, x % c_.kv_heads, stretch, s);
       } else {
         for (long x; (x = rows.take()) < row_tasks;) row_task(x, s);
         for (long x; (x = columns.take()) < column_tasks;) c_.page_table ? page_task(x, s) : column_task(x, s);
@@ -83,6 +87,7 @@ class Backward {
   static constexpr long L = 2 * V::W;
   // Tiles that share one product into dK and dV; narrow vectors leave more of the first cache to their sums than that saves.
   static constexpr int kJoint = V::W >= 16 ? 2 : 1;
+  static constexpr long kStretchBytes = 8 << 20;
   static constexpr long kRowUnits = kJoint * L / V::PAIR;  // operands of a row of p_rows and ds_rows
 
   // One tile of queries and everything that its products read.
@@ -98,9 +103,10 @@ class Backward {
   struct Space {
     Tile tiles[kTiles];
     float *dk, *dv;    // [key][element]
+    float* kept;       // by heads, between stretches: dq of the tiles of a head, as [element][count]
     uint8_t* touched;  // by heads: whether these hold a sum for a key block, or anything
     float *scores, *dscores, *p_rows, *ds_rows, *ds_pairs, *peak, *scratch;
-    Space(const Backward& k, float* m, long sums) {
+    Space(const Backward& k, float* m, long sums, long dq_floats) {
       auto cut = [&m](long n) { return m += n, m - n; };
       for (Tile& t : tiles) {
         t.query_panel = cut(k.d_units_ * L);
@@ -120,6 +126,7 @@ class Backward {
       scratch = cut(V::W * (k.d_pad_ > k.v_pad_ ? k.d_pad_ : k.v_pad_));
       dk = cut(sums * k.d_pad_);
       dv = cut(sums * k.v_pad_);
+      kept = cut(dq_floats);
       touched = reinterpret_cast<uint8_t*>(m);
     }
   };
@@ -146,6 +153,18 @@ class Backward {
     if (threads == 1) return true;
     const long rounds = (heads + threads - 1) / threads;
     return double(rounds) <= 1.6 * double(heads) / double(threads);
+  }
+
+  // Tokens of a stretch of keys, at least the largest block; all keys where rows do not list them in order.
+  long stretch_tokens(long largest) const {
+    long n = c_.stretch;
+    if (!n) {
+      const long key = (d_pad_ + v_pad_) * 4 + (d_units_ + v_units_ + (separate() ? d_units_ : 0)) * 4;
+      const long parts = (c_.kv_len * key + kStretchBytes - 1) / kStretchBytes;
+      n = parts > 1 ? (c_.kv_len + parts - 1) / parts : c_.kv_len;
+    }
+    if (n >= c_.kv_len || !layout_.ascending()) return c_.kv_len;
+    return n > largest ? n : largest;
   }
 
   void load_tile(Tile& t, long b, long h, long block, long first, long count, float* scratch) const {
@@ -202,51 +221,86 @@ class Backward {
     std::memset(s.dv + from * v_pad_, 0, size_t((to - from) * v_pad_) * 4);
   }
   // Clears the sums of key block j right before their first use, which then finds them in the cache.
-  BSA_INLINE void touch(long j, Space& s) const {
+  BSA_INLINE void touch(long j, long token0, Space& s) const {
     if (s.touched[j]) return;
     s.touched[j] = 1;
-    clear(s, c_.kv_bounds[j], c_.kv_bounds[j + 1]);
+    clear(s, c_.kv_bounds[j] - token0, c_.kv_bounds[j + 1] - token0);
   }
 
-  // Walks the keys of one row; `dk`, `dv` are indexed by token.
+  // dQ of a tile, put aside in `kept` until the next stretch and taken up again.
+  void keep(Tile& t, float* kept) const {
+    if (t.first) std::memset(t.dq, 0, size_t(d_pad_ * t.lanes()) * 4);
+    for (long x = 0; x < d_pad_; ++x) std::memcpy(kept + x * t.count, t.dq + x * t.lanes(), size_t(t.count) * 4);
+  }
+  void resume(Tile& t, const float* kept) const {
+    for (long x = 0; x < d_pad_; ++x) {
+      std::memcpy(t.dq + x * t.lanes(), kept + x * t.count, size_t(t.count) * 4);
+      std::memset(t.dq + x * t.lanes() + t.count, 0, size_t(t.lanes() - t.count) * 4);
+    }
+    t.first = false;
+  }
+
+  // Walks slots `begin` to `end` of one row; `dk`, `dv` are indexed by token from `token0` on, `kept` by token of the head.
   template <Wants wants>
-  void row(long b, long h, long i, Space& s) const {
+  void row(long b, long h, long i, Space& s, long begin, long end, long token0 = 0, float* kept = nullptr) const {
     const long r = layout_.row(b, h, i), kv_head = h / layout_.group();
+    const bool resumes = begin > c_.row_begin[r], goes_on = end < c_.row_end[r];
     for (long q0 = c_.q_bounds[i]; q0 < c_.q_bounds[i + 1];) {
       int used = 0;
       for (; used < kTiles && q0 < c_.q_bounds[i + 1]; q0 += L) {
         const long left = c_.q_bounds[i + 1] - q0;
-        load_tile(s.tiles[used++], b, h, i, q0, left < L ? left : L, s.scratch);
+        load_tile(s.tiles[used], b, h, i, q0, left < L ? left : L, s.scratch);
+        if (resumes) resume(s.tiles[used], kept + q0 * d_pad_);
+        ++used;
       }
-      for (long x = c_.row_begin[r]; x < c_.row_end[r]; ++x) {
-        if constexpr (wants == Wants::All) touch(c_.indices[x], s);
+      for (long x = begin; x < end; ++x) {
+        if constexpr (wants == Wants::All) touch(c_.indices[x], token0, s);
         each_piece(c_, x, [&](const Keys& keys) {
-          const long token = c_.kv_bounds[keys.block];
+          const long token = c_.kv_bounds[keys.block] - token0;
           for (int t = 0; t < used; t += kJoint)
             visit<wants>(s.tiles + t, used - t, kv_head, keys, s, s.dk + token * d_pad_, s.dv + token * v_pad_);
         });
       }
-      for (int t = 0; t < used; ++t) store_queries(s.tiles[t], s.scratch);
+      for (int t = 0; t < used; ++t)
+        goes_on ? keep(s.tiles[t], kept + s.tiles[t].token * d_pad_) : store_queries(s.tiles[t], s.scratch);
     }
   }
 
-  void head_task(long b, long kv_head, Space& s) const {
+  // All rows over one stretch of keys, then the next, so that the sums of a stretch and its operands stay in the cache.
+  void head_task(long b, long kv_head, long stretch, Space& s) const {
     std::memset(s.touched, 0, size_t(c_.kv_blocks));
     const long g = layout_.group();
-    for (long h = kv_head * g; h < kv_head * g + g; ++h)
-      for (long i = 0; i < c_.q_blocks; ++i) row<Wants::All>(b, h, i, s);
-    for (long j = 0; j < c_.kv_blocks; ++j) {
-      if (c_.page_table && !layout_.referenced(b, kv_head, j)) continue;
-      touch(j, s);
-      const long page = c_.page_table ? c_.page_table[b * c_.kv_blocks + j] : b, token = c_.page_table ? 0 : c_.kv_bounds[j];
-      store_keys(page, kv_head, token, layout_.kv_size(j), s.dk + c_.kv_bounds[j] * d_pad_, s.dv + c_.kv_bounds[j] * v_pad_);
-    }
+    long j0 = 0, j1 = 0;
+    do {
+      const long token0 = c_.kv_bounds[j0];
+      while (j1 < c_.kv_blocks && c_.kv_bounds[j1 + 1] - token0 <= stretch) ++j1;
+      const auto first_at = [&](long r, long j) {
+        return std::lower_bound(c_.indices + c_.row_begin[r], c_.indices + c_.row_end[r], j) - c_.indices;
+      };
+      for (long h = kv_head * g; h < kv_head * g + g; ++h)
+        for (long i = 0; i < c_.q_blocks; ++i) {
+          const long r = layout_.row(b, h, i);
+          const long begin = j0 ? first_at(r, j0) : c_.row_begin[r], end = j1 < c_.kv_blocks ? first_at(r, j1) : c_.row_end[r];
+          const bool empty = c_.row_begin[r] == c_.row_end[r];
+          if (empty ? !j0 : begin < end)
+            row<Wants::All>(b, h, i, s, begin, end, token0, s.kept + (h - kv_head * g) * c_.q_len * d_pad_);
+        }
+      for (long j = j0; j < j1; ++j) {
+        if (c_.page_table && !layout_.referenced(b, kv_head, j)) continue;
+        touch(j, token0, s);
+        const long page = c_.page_table ? c_.page_table[b * c_.kv_blocks + j] : b, token = c_.page_table ? 0 : c_.kv_bounds[j];
+        const long at = c_.kv_bounds[j] - token0;
+        store_keys(page, kv_head, token, layout_.kv_size(j), s.dk + at * d_pad_, s.dv + at * v_pad_);
+      }
+      j0 = j1;
+    } while (j0 < c_.kv_blocks);
   }
 
   // Task x of the pass over rows: heads in order, longest rows first where one layout serves all heads.
   void row_task(long x, Space& s) const {
     const long i = x % c_.q_blocks, h = x / c_.q_blocks % c_.q_heads, b = x / c_.q_blocks / c_.q_heads;
-    row<Wants::Queries>(b, h, layout_.shared() ? c_.row_order[i] : i, s);
+    const long own = layout_.shared() ? c_.row_order[i] : i, r = layout_.row(b, h, own);
+    row<Wants::Queries>(b, h, own, s, c_.row_begin[r], c_.row_end[r]);
   }
 
   void column_task(long x, Space& s) const {

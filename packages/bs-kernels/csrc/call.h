@@ -7,7 +7,7 @@ extern "C" {
 #endif
 
 // Bumped with every change of this file; the loader refuses a core that was built from another version.
-#define BSA_ABI_VERSION 11
+#define BSA_ABI_VERSION 12
 
 enum { BSA_F32 = 0, BSA_BF16 = 1, BSA_F16 = 2 };
 enum { BSA_OK = 0, BSA_BAD_ARGUMENT = 1, BSA_NO_ISA = 2 };
@@ -35,7 +35,7 @@ typedef struct {
   int32_t result_dtype;  // of what is written: out, dq, dk, dv
   int64_t batch, q_heads, kv_heads, q_len, kv_len, dim, v_dim;
   float scale;
-  int32_t reserved;
+  int32_t stretch;       // keys that backward by heads sums at a time, or one block if that is more; 0: the core chooses. Never changes bits
 
   // The plan: see bs_kernels.LayoutPlan, whose names these are. `layouts` and `layout_heads` are 1 when shared.
   int64_t layouts, layout_heads, q_blocks, kv_blocks;

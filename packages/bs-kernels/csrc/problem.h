@@ -52,6 +52,13 @@ struct Layout {
     for (long r = 0; r < heads * c.q_blocks; ++r) slots += c.row_end[r] - c.row_begin[r];
     return heads && c.q_blocks && c.kv_blocks ? slots * (c.q_len / c.q_blocks) * group() / (heads * c.kv_blocks) : 0;
   }
+  // Whether every row lists its keys in order.
+  bool ascending() const {
+    for (long r = 0; r < c.layouts * c.layout_heads * c.q_blocks; ++r)
+      for (long x = c.row_begin[r] + 1; x < c.row_end[r]; ++x)
+        if (c.indices[x] <= c.indices[x - 1]) return false;
+    return true;
+  }
   bool referenced(long b, long kv_head, long j) const {
     const long g = c.layout_heads == 1 ? 1 : group();
     for (long h = kv_head * g; h < kv_head * g + g; ++h) {

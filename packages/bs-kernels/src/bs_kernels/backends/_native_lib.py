@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 #: Must equal BSA_ABI_VERSION in csrc/call.h.
-ABI_VERSION = 11
+ABI_VERSION = 12
 #: Instruction sets by their number in csrc/call.h, slowest first.
 ISA_NAMES = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16", "amx_bf16_emulated")
 #: For tests: runs anywhere, slowly, and only when ``BS_KERNELS_ISA`` names it.
@@ -72,7 +72,7 @@ class CoreCall(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("abi_version", "isa", "num_threads", "split", "dtype", "result_dtype")),
         *((name, ctypes.c_int64) for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "dim", "v_dim")),
         ("scale", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
+        ("stretch", ctypes.c_int32),
         *((name, ctypes.c_int64) for name in ("layouts", "layout_heads", "q_blocks", "kv_blocks")),
         *((name, ctypes.c_void_p) for name in PLAN_LISTS),
         ("band_lo", ctypes.c_int64),
