@@ -1,10 +1,10 @@
 // Backward from a saved log-sum-exp. With P = e^(S - lse) and dS = P (dP - delta): dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K.
 //
-// Two ways to split the work. By heads: a thread owns the keys of one (batch, kv head), walks all rows of its query heads once and
-// does five products per tile. By blocks: one pass over rows for dQ and one over columns for dK and dV, seven products per
-// tile, but as many tasks as there are blocks. Both add the same terms to every gradient in the same order: the keys of a
-// row as the plan lists them, for a key first the heads of the group and then rows ascending. So the choice, and with it
-// the thread count, never changes bits. A page that several blocks read is summed by blocks, its readers in order.
+// Two ways to split the work. By heads: a thread owns the keys of one (batch, kv head), walks all rows of its query heads, of long
+// keys one stretch after the other, and does five products per tile. By blocks: one pass over rows for dQ and one over columns for
+// dK and dV, seven products per tile, but as many tasks as there are blocks. Both add the same terms to every gradient in the same
+// order: the keys of a row as the plan lists them, for a key first the heads of the group and then rows ascending. So the choice,
+// and with it the thread count, never changes bits. A page that several blocks read is summed by blocks, its readers in order.
 #pragma once
 #include <algorithm>
 
@@ -87,7 +87,7 @@ class Backward {
   static constexpr long L = 2 * V::W;
   // Tiles that share one product into dK and dV; narrow vectors leave more of the first cache to their sums than that saves.
   static constexpr int kJoint = V::W >= 16 ? 2 : 1;
-  static constexpr long kStretchBytes = 8 << 20;
+  static constexpr long kStretchBytes = 8 << 20;  // of sums and operands: what a thread may hope to keep in a shared cache
   static constexpr long kRowUnits = kJoint * L / V::PAIR;  // operands of a row of p_rows and ds_rows
 
   // One tile of queries and everything that its products read.

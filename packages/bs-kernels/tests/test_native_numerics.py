@@ -356,7 +356,7 @@ BITS = {
 @pytest.mark.parametrize("isa", ISA)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("more", BITS.values(), ids=BITS)
-def test_bits_do_not_depend_on_threads_or_split(
+def test_bits_do_not_depend_on_threads_split_or_stretch(
     more: dict[str, Any], isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BS_KERNELS_ISA", isa)
@@ -366,10 +366,10 @@ def test_bits_do_not_depend_on_threads_or_split(
     dout = torch.randn(*call.q.shape[:3], 40).to(dtype)
     lse, delta = (x.float() for x in backward_inputs(call, dout))
     needs = Needs(attn_bias=call.attn_bias is not None, block_bias=call.block_bias is not None)
-    run, split = _native_lib.NativeCore.run, 0
+    run, split, stretch = _native_lib.NativeCore.run, 0, 0
 
     def run_split(self: _native_lib.NativeCore, name: str, args: _native_lib.CoreCall) -> None:
-        args.split = split
+        args.split, args.stretch = split, stretch
         run(self, name, args)
 
     monkeypatch.setattr(_native_lib.NativeCore, "run", run_split)
@@ -377,8 +377,8 @@ def test_bits_do_not_depend_on_threads_or_split(
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            for number in (0, 1, 2):
-                split = number
+            for choice in ((0, 0), (1, 1), (1, 150), (2, 0)):
+                split, stretch = choice
                 gradients = NATIVE.backward(call, dout, lse, delta, needs, torch.float32)
                 results.append((*NATIVE.forward(call, dtype), *(x for x in gradients if x is not None)))
     finally:
@@ -386,6 +386,27 @@ def test_bits_do_not_depend_on_threads_or_split(
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+def test_rows_out_of_order_are_walked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that does not list its keys in order cannot be cut into stretches of keys; asked for, it is not."""
+    call = replace(PLAIN, batch=1, seq_len=(80, 144), density=0.6, block_size=(16, 16)).call(torch.float32)
+    active = np.random.default_rng(0).random((5, 9)) < 0.6
+    layout = BlockLayout.from_dense(active, block_size=16, seq_len=(80, 144))
+    call = replace(call, plan=LayoutPlan.build(layout, order=np.random.default_rng(0).permutation(layout.nnz)))
+    dout = torch.randn(*call.q.shape[:3], call.v.shape[-1])
+    run, stretch = _native_lib.NativeCore.run, 0
+
+    def run_stretch(self: _native_lib.NativeCore, name: str, args: _native_lib.CoreCall) -> None:
+        args.stretch, args.split = stretch, 1
+        run(self, name, args)
+
+    monkeypatch.setattr(_native_lib.NativeCore, "run", run_stretch)
+    lse, delta = (x.float() for x in backward_inputs(call, dout))
+    whole = NATIVE.backward(call, dout, lse, delta, Needs(), torch.float32)[:3]
+    stretch = 1
+    for a, b in zip(whole, NATIVE.backward(call, dout, lse, delta, Needs(), torch.float32)[:3], strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("isa", ISA)

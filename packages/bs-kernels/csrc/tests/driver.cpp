@@ -393,8 +393,9 @@ void run(long number) {
         if (!(std::fabs(sums[x] - delta[x]) <= 64 * epsilon * 16))
           std::printf("problem %ld, %s: delta %g, not %g\n", number, bsa_isa_name(isa), sums[x], delta[x]), ++failures;
       std::vector<char> first;
-      for (int split : {BSA_SPLIT_HEADS, BSA_SPLIT_BLOCKS}) {
-        c.split = split;
+      const int32_t some = int32_t(uniform(g, 1, c.kv_len > 1 ? c.kv_len : 1));
+      for (const auto [split, stretch] : {std::pair{BSA_SPLIT_HEADS, 0}, {BSA_SPLIT_HEADS, some}, {BSA_SPLIT_BLOCKS, 0}}) {
+        c.split = split, c.stretch = stretch;
         std::vector<float> dbias(p.bias.size());
         c.dblock_bias = p.bias.empty() ? nullptr : dbias.data();
         std::vector<float> dattn(p.attn_bias.size());
@@ -416,7 +417,7 @@ void run(long number) {
         bits.insert(bits.end(), reinterpret_cast<char*>(dbias.data()), reinterpret_cast<char*>(dbias.data() + dbias.size()));
         bits.insert(bits.end(), dk.bytes.begin(), dk.bytes.end());
         bits.insert(bits.end(), dv.bytes.begin(), dv.bytes.end());
-        if (split == BSA_SPLIT_HEADS) first = bits;
+        if (first.empty()) first = bits;
         if (bits != first) std::printf("problem %ld, %s: the splits differ\n", number, bsa_isa_name(isa)), ++failures;
       }
     }
