@@ -205,14 +205,12 @@ class Backward {
   }
 
   // Writes the finished sums of `count` keys from `token` of batch element (or page) b.
-  void store_keys(long b, long kv_head, long token, long count, float* dk, float* dv) const {
+  void store_keys(long b, long kv_head, long token, long count, const float* dk, const float* dv) const {
     bsa_tensor to_k = c_.dk, to_v = c_.dv;
     for (long n = 0; n < count; ++n) {
-      for (long x = 0; x < c_.dim; ++x) dk[n * d_pad_ + x] *= c_.scale;
-      if (drop_.on)
-        for (long x = 0; x < c_.v_dim; ++x) dv[n * v_pad_ + x] *= drop_.scale;
-      store_row<V>(dk + n * d_pad_, c_.result_dtype, c_.dim, at(to_k, c_.result_dtype, b, token + n, kv_head));
-      store_row<V>(dv + n * v_pad_, c_.result_dtype, c_.v_dim, at(to_v, c_.result_dtype, b, token + n, kv_head));
+      store_row<V>(dk + n * d_pad_, c_.scale, c_.result_dtype, c_.dim, at(to_k, c_.result_dtype, b, token + n, kv_head));
+      store_row<V>(dv + n * v_pad_, drop_.on ? drop_.scale : 1.f, c_.result_dtype, c_.v_dim,
+                   at(to_v, c_.result_dtype, b, token + n, kv_head));
     }
   }
 

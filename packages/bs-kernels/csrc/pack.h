@@ -70,30 +70,33 @@ BSA_INLINE void load_row(const void* src, int dtype, long n, float* dst, long pa
   }
 }
 
-// f32 values -> a row of `dtype`, rounded to nearest even.
+// f32 values times `factor` -> a row of `dtype`, rounded to nearest even.
 template <class V>
-BSA_INLINE void store_row(const float* src, int dtype, long n, void* dst) {
+BSA_INLINE void store_row(const float* src, float factor, int dtype, long n, void* dst) {
+  const typename V::f by = V::all(factor);
+  long i = 0;
   if (dtype == BSA_F32) {
-    std::memcpy(dst, src, size_t(n) * 4);
+    float* p = static_cast<float*>(dst);
+    for (; i + V::W <= n; i += V::W) V::store(p + i, V::mul(V::load(src + i), by));
+    for (; i < n; ++i) p[i] = src[i] * factor;
   } else if (dtype == BSA_BF16) {
     uint16_t* p = static_cast<uint16_t*>(dst);
-    long i = 0;
     if constexpr (V::PAIR == 2)
-      for (; i + V::W <= n; i += V::W) V::store_bf16(p + i, V::load(src + i));
+      for (; i + V::W <= n; i += V::W) V::store_bf16(p + i, V::mul(V::load(src + i), by));
     for (; i < n; ++i) {
+      const float x = src[i] * factor;
       uint32_t bits;
-      std::memcpy(&bits, src + i, 4);
+      std::memcpy(&bits, &x, 4);
       const uint32_t quiet = (bits >> 16) | 0x40;
       p[i] = uint16_t((bits & 0x7fffffff) > 0x7f800000u ? quiet : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
     }
   } else {
     uint16_t* p = static_cast<uint16_t*>(dst);
-    long i = 0;
-    for (; i + V::W <= n; i += V::W) V::to_half(p + i, V::load(src + i));
+    for (; i + V::W <= n; i += V::W) V::to_half(p + i, V::mul(V::load(src + i), by));
     if (i < n) {
       float wide[V::W] = {};
       uint16_t tail[V::W];
-      std::memcpy(wide, src + i, size_t(n - i) * 4);
+      for (long x = i; x < n; ++x) wide[x - i] = src[x] * factor;
       V::to_half(tail, V::load(wide));
       std::memcpy(p + i, tail, size_t(n - i) * 2);
     }
@@ -131,11 +134,8 @@ void store_panel(const float* panel, long lanes, const float* factor, long count
   const long padded = round_up(n, V::W);
   for (long l = 0; l < lanes && l < count; l += V::W) {
     for (long x = 0; x < padded; x += V::W) V::transpose(panel + x * lanes + l, lanes, scratch + x, padded);
-    for (long r = 0; r < V::W && l + r < count; ++r) {
-      float* row = scratch + r * padded;
-      for (long x = 0; x < n; ++x) row[x] *= factor[l + r];
-      store_row<V>(row, dtype, n, dst + (l + r) * row_bytes);
-    }
+    for (long r = 0; r < V::W && l + r < count; ++r)
+      store_row<V>(scratch + r * padded, factor[l + r], dtype, n, dst + (l + r) * row_bytes);
   }
 }
 
