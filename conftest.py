@@ -8,7 +8,7 @@ import os
 from hypothesis import HealthCheck, settings
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
-settings.register_profile("dev", max_examples=8, **_COMMON)
+settings.register_profile("dev", max_examples=5, **_COMMON)
 settings.register_profile("brief", max_examples=3, **_COMMON)
 settings.register_profile("ci", max_examples=30, print_blob=True, **_COMMON)
 settings.register_profile("soak", max_examples=300, print_blob=True, **_COMMON)
