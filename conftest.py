@@ -1,11 +1,8 @@
-"""Hypothesis profiles, and quicker garbage collections.
-
-Profiles: `dev` (quick, the default), `ci` (thorough), `soak` (an hour or more), and `brief`.
+"""Hypothesis profiles: `dev` (quick, the default), `ci` (thorough), `soak` (an hour or more), and `brief`.
 
 The last is for runs that ask whether the tests work at all, as in an install of one package.
 """
 
-import gc
 import os
 
 from hypothesis import HealthCheck, settings
@@ -16,9 +13,3 @@ settings.register_profile("brief", max_examples=3, **_COMMON)
 settings.register_profile("ci", max_examples=30, print_blob=True, **_COMMON)
 settings.register_profile("soak", max_examples=300, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
-
-
-def pytest_collection_finish() -> None:
-    """Recovery from running out of memory collects garbage, which imported modules and collected tests are not."""
-    gc.collect()
-    gc.freeze()
