@@ -344,6 +344,18 @@ def test_gradient_of_every_broadcast_of_a_bias(
         run_and_check(case, dtype, ISA, monkeypatch)
 
 
+def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The split and the stretch of the core's calls from now on, to be set."""
+    run, chosen = _native_lib.NativeCore.run, [0, 0]
+
+    def run_chosen(self: _native_lib.NativeCore, name: str, args: _native_lib.CoreCall) -> None:
+        args.split, args.stretch = chosen
+        run(self, name, args)
+
+    monkeypatch.setattr(_native_lib.NativeCore, "run", run_chosen)
+    return chosen
+
+
 BITS = {
     "plain": {},
     "dropout": {"dropout": 0.3, "block_bias": (True, True)},
@@ -366,19 +378,12 @@ def test_bits_do_not_depend_on_threads_split_or_stretch(
     dout = torch.randn(*call.q.shape[:3], 40).to(dtype)
     lse, delta = (x.float() for x in backward_inputs(call, dout))
     needs = Needs(attn_bias=call.attn_bias is not None, block_bias=call.block_bias is not None)
-    run, split, stretch = _native_lib.NativeCore.run, 0, 0
-
-    def run_split(self: _native_lib.NativeCore, name: str, args: _native_lib.CoreCall) -> None:
-        args.split, args.stretch = split, stretch
-        run(self, name, args)
-
-    monkeypatch.setattr(_native_lib.NativeCore, "run", run_split)
+    walk = walks(monkeypatch)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            for choice in ((0, 0), (1, 1), (1, 150), (2, 0)):
-                split, stretch = choice
+            for walk[:] in ((0, 0), (1, 1), (1, 150), (2, 0)):
                 gradients = NATIVE.backward(call, dout, lse, delta, needs, torch.float32)
                 results.append((*NATIVE.forward(call, dtype), *(x for x in gradients if x is not None)))
     finally:
@@ -395,16 +400,11 @@ def test_rows_out_of_order_are_walked_whole(monkeypatch: pytest.MonkeyPatch) -> 
     layout = BlockLayout.from_dense(active, block_size=16, seq_len=(80, 144))
     call = replace(call, plan=LayoutPlan.build(layout, order=np.random.default_rng(0).permutation(layout.nnz)))
     dout = torch.randn(*call.q.shape[:3], call.v.shape[-1])
-    run, stretch = _native_lib.NativeCore.run, 0
-
-    def run_stretch(self: _native_lib.NativeCore, name: str, args: _native_lib.CoreCall) -> None:
-        args.stretch, args.split = stretch, 1
-        run(self, name, args)
-
-    monkeypatch.setattr(_native_lib.NativeCore, "run", run_stretch)
+    walk = walks(monkeypatch)
+    walk[:] = 1, 0
     lse, delta = (x.float() for x in backward_inputs(call, dout))
     whole = NATIVE.backward(call, dout, lse, delta, Needs(), torch.float32)[:3]
-    stretch = 1
+    walk[:] = 1, 1
     for a, b in zip(whole, NATIVE.backward(call, dout, lse, delta, Needs(), torch.float32)[:3], strict=True):
         assert torch.equal(a, b)
 
